@@ -11,68 +11,43 @@ from typing import TYPE_CHECKING, Any
 from hf_embed.entry import announce, starts_recipe
 from hf_embed.version import __version__
 
-if TYPE_CHECKING:
-    from hf_embed.arguments import ContrastiveTrainingArguments
-    from hf_embed.averaging import average_models
-    from hf_embed.checkpoint.card import write_card
-    from hf_embed.checkpoint.onnx import export_onnx
-    from hf_embed.data.mixture import Source
-    from hf_embed.encoder import Encoder
-    from hf_embed.errors import InputError
-    from hf_embed.evaluation.held_out import HeldOut
-    from hf_embed.evaluation.pair_classification import PairClassification
-    from hf_embed.evaluation.reranking import Reranking
-    from hf_embed.evaluation.retrieval import Retrieval
-    from hf_embed.evaluation.triplets import Triplets
-    from hf_embed.evaluation.zero_shot import ZeroShot
-    from hf_embed.mining import mine_hard_negatives
+if TYPE_CHECKING:  # `x as x` makes a name public for type checkers
+    # isort: off
+    from hf_embed.arguments import ContrastiveTrainingArguments as ContrastiveTrainingArguments
+    from hf_embed.averaging import average_models as average_models
+    from hf_embed.checkpoint.card import write_card as write_card
+    from hf_embed.checkpoint.onnx import export_onnx as export_onnx
+    from hf_embed.data.mixture import Source as Source
+    from hf_embed.encoder import Encoder as Encoder
+    from hf_embed.errors import InputError as InputError
+    from hf_embed.evaluation.held_out import HeldOut as HeldOut
+    from hf_embed.evaluation.pair_classification import PairClassification as PairClassification
+    from hf_embed.evaluation.reranking import Reranking as Reranking
+    from hf_embed.evaluation.retrieval import Retrieval as Retrieval
+    from hf_embed.evaluation.triplets import Triplets as Triplets
+    from hf_embed.evaluation.zero_shot import ZeroShot as ZeroShot
+    from hf_embed.mining import mine_hard_negatives as mine_hard_negatives
     from hf_embed.objectives import (
-        CoSENT,
-        ImprovedContrastive,
-        MarginMSE,
-        Matryoshka,
-        SimCSE,
-        TeacherKL,
-        VectorDistillation,
+        CoSENT as CoSENT,
+        ImprovedContrastive as ImprovedContrastive,
+        MarginMSE as MarginMSE,
+        Matryoshka as Matryoshka,
+        SimCSE as SimCSE,
+        TeacherKL as TeacherKL,
+        VectorDistillation as VectorDistillation,
     )
-    from hf_embed.search import semantic_search
-    from hf_embed.tempscale import TempScaleConfig, apply_tempscale, fold_tempscale, register_tempscale, remove_tempscale
-    from hf_embed.trainer import ContrastiveTrainer
-    from hf_embed.vector_files import write_vectors
+    from hf_embed.search import semantic_search as semantic_search
+    from hf_embed.tempscale import (
+        TempScaleConfig as TempScaleConfig,
+        apply_tempscale as apply_tempscale,
+        fold_tempscale as fold_tempscale,
+        register_tempscale as register_tempscale,
+        remove_tempscale as remove_tempscale,
+    )
+    from hf_embed.trainer import ContrastiveTrainer as ContrastiveTrainer
+    from hf_embed.vector_files import write_vectors as write_vectors
 
-__all__ = [
-    "CoSENT",
-    "ContrastiveTrainer",
-    "ContrastiveTrainingArguments",
-    "Encoder",
-    "HeldOut",
-    "ImprovedContrastive",
-    "InputError",
-    "MarginMSE",
-    "Matryoshka",
-    "PairClassification",
-    "Reranking",
-    "Retrieval",
-    "SimCSE",
-    "Source",
-    "TeacherKL",
-    "TempScaleConfig",
-    "Triplets",
-    "VectorDistillation",
-    "ZeroShot",
-    "apply_tempscale",
-    "average_models",
-    "export_onnx",
-    "fold_tempscale",
-    "mine_hard_negatives",
-    "register_tempscale",
-    "remove_tempscale",
-    "semantic_search",
-    "write_card",
-    "write_vectors",
-]
-
-# The module of each name in `__all__`. The imports above tell type checkers the same.
+# The module of each public name. The imports above tell type checkers the same.
 MODULES = {
     "arguments": ["ContrastiveTrainingArguments"],
     "averaging": ["average_models"],
@@ -88,20 +63,13 @@ MODULES = {
     "evaluation.triplets": ["Triplets"],
     "evaluation.zero_shot": ["ZeroShot"],
     "mining": ["mine_hard_negatives"],
-    "objectives": [
-        "CoSENT",
-        "ImprovedContrastive",
-        "MarginMSE",
-        "Matryoshka",
-        "SimCSE",
-        "TeacherKL",
-        "VectorDistillation",
-    ],
+    "objectives": ["CoSENT", "ImprovedContrastive", "MarginMSE", "Matryoshka", "SimCSE", "TeacherKL", "VectorDistillation"],
     "search": ["semantic_search"],
     "tempscale": ["TempScaleConfig", "apply_tempscale", "fold_tempscale", "register_tempscale", "remove_tempscale"],
     "trainer": ["ContrastiveTrainer"],
     "vector_files": ["write_vectors"],
 }
+__all__ = sorted(name for names in MODULES.values() for name in names)
 
 
 def __getattr__(name: str) -> Any:

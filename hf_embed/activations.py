@@ -12,7 +12,7 @@ Recomputation uses the same random states, so the gradients are bit for bit the 
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -148,9 +148,13 @@ class ChunkEncoder:
     """
 
     def __init__(self, encode: Callable[..., Tensor], module: nn.Module, base: PreTrainedModel, sharded: bool):
-        self.encode, self.sharded = encode, sharded
+        self.encode, self.module, self.sharded = encode, module, sharded
         self.gradient, self.shared = share_gradient(None if sharded else word_table(base))
-        self.trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+    @cached_property
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters that get a gradient. Only recomputed chunks ask for them."""
+        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
 
     def run(self, shared: Tensor, inputs: tuple) -> Tensor:
         """Encode a chunk whose lookups take `shared` as an input.

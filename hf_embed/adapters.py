@@ -31,6 +31,12 @@ def has_adapters(model: PreTrainedModel) -> bool:
     return hasattr(model, "peft_config")
 
 
+def configs_of(backbone: PreTrainedModel) -> list[dict[str, Any]]:
+    """Return the config of a model and the configs of its adapters, as dicts."""
+    adapters: list[Any] = list(backbone.peft_config.values()) if has_adapters(backbone) else []
+    return [config.to_dict() for config in [backbone.config, *adapters]]
+
+
 def check_adapters(model: PreTrainedModel) -> None:
     """Raise InputError, with the kind of the adapters, if they cannot be merged into the weights of `model`.
 

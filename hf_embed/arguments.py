@@ -110,7 +110,7 @@ class ContrastiveTrainingArguments(TrainingArguments):
         try:
             super().__post_init__()
         except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
-            raise InputError(" ".join(str(error).split())) from error
+            raise InputError(str(error)) from error
         check_after(self)
         join_ranks(self)
         self._check_own()

@@ -113,15 +113,14 @@ class CheckpointTrainer(HubTrainer):
                     f"{checkpoint}: there is no checkpoint ({TRAINER_STATE_NAME} does not exist); give a checkpoint-N folder"
                 )
             whole.check_whole(checkpoint)
-        manifest = whole.read_manifest(checkpoint)
-        if manifest is None:
-            logger.warning(f"{checkpoint}: an earlier version wrote this checkpoint, so its files and its run cannot be "
-                           "verified")  # fmt: skip
-        elif manifest["run"]:
-            for line in resume.compare(checkpoint, manifest["run"], self.facts, self.args.allow_changed):
-                logger.warning(line)
-        if anew := starting_anew(checkpoint):
-            logger.warning(f"{checkpoint}: {anew}")
+        for line in resume.compare(checkpoint, whole.read_manifest(checkpoint)["run"], self.facts, self.args.allow_changed):
+            logger.warning(line)
+        # DeepSpeed stores the states in a folder of its own.
+        if not any(name.startswith(("optimizer", "global_step")) for name in whole.names_in(checkpoint)):
+            logger.warning(
+                f"{checkpoint}: holds only the model (save_only_model): optimizer, learning-rate schedule and random states "
+                "start again"
+            )
         return str(checkpoint)
 
     def check_on_each_node(self, checkpoint: str) -> None:
@@ -316,7 +315,7 @@ class CheckpointTrainer(HubTrainer):
         try:
             super()._load_optimizer_and_scheduler(checkpoint)
         except Exception as error:
-            raise unreadable(checkpoint, [OPTIMIZER_NAME, SCHEDULER_NAME], error) from error
+            raise misfit(checkpoint, [OPTIMIZER_NAME, SCHEDULER_NAME], error) from error
         check_shapes(checkpoint, getattr(optimizer, "optimizer", optimizer))  # accelerate wraps it
         loaded = [group["lr"] for group in optimizer.param_groups]
         cycled = ("momentum", "betas") if getattr(scheduler, "cycle_momentum", False) else ()  # the schedule sets them too
@@ -334,7 +333,7 @@ class CheckpointTrainer(HubTrainer):
             super()._load_rng_state(checkpoint)
         except Exception as error:
             names = [path.name for path in Path(str(checkpoint)).glob("rng_state*.pth")]
-            raise unreadable(str(checkpoint), names, error) from error
+            raise misfit(str(checkpoint), names, error) from error
 
 
 def settings_of_groups(optimizer: Any, args: ContrastiveTrainingArguments) -> list[dict[str, Any]]:
@@ -355,19 +354,6 @@ def settings_of_groups(optimizer: Any, args: ContrastiveTrainingArguments) -> li
 # ---- checks of the files of a checkpoint ----
 
 
-def starting_anew(checkpoint: Path) -> str | None:
-    """Describe the training state that a checkpoint lacks and that therefore starts again. None if the state is complete."""
-    names = whole.names_in(checkpoint)
-    if any(name.startswith("global_step") for name in names):  # DeepSpeed stores its state in a folder of its own
-        return None
-    optimizer, schedule, random = (any(name.startswith(part) for name in names) for part in ("optimizer", "scheduler", "rng_"))
-    if not (optimizer or schedule or random):
-        return "holds only the model (save_only_model): optimizer, learning-rate schedule and random states start again"
-    if not (optimizer and schedule):
-        return f"has no {SCHEDULER_NAME if optimizer else OPTIMIZER_NAME}: optimizer and learning-rate schedule start again"
-    return None if random else "has no random states: dropout draws different numbers than without the interruption"
-
-
 def metric_rates(checkpoint: str, now: resume.Facts, loaded: list[float], given: list[float]) -> list[float]:
     """Return the learning rates with which a schedule that reads a metric goes on, one for each parameter group.
 
@@ -377,20 +363,14 @@ def metric_rates(checkpoint: str, now: resume.Facts, loaded: list[float], given:
         loaded: the rates in the checkpoint. They are scaled as the setting `learning_rate` has changed.
         given: the rates of the current settings. They are used if the checkpoint's run had another schedule.
     """
-    then = ((whole.read_manifest(Path(checkpoint)) or {}).get("run") or now)["settings"]
+    then = whole.read_manifest(Path(checkpoint))["run"]["settings"]
     if then["lr_scheduler_type"] != now["settings"]["lr_scheduler_type"] or not then["learning_rate"]:
         return given
     return [rate * (now["settings"]["learning_rate"] / then["learning_rate"]) for rate in loaded]
 
 
-def unreadable(checkpoint: str, names: list[str], error: Exception) -> InputError:
-    """Return the error for the first of these files that cannot be read. If all can be read, say that they do not fit."""
-    for name in names:
-        if Path(checkpoint, name).is_file():
-            try:
-                torch.load(Path(checkpoint, name), map_location="cpu", weights_only=True)
-            except Exception as problem:
-                return InputError(f"{Path(checkpoint, name)} cannot be read ({in_short(problem)}); give another checkpoint")
+def misfit(checkpoint: str, names: list[str], error: Exception) -> InputError:
+    """Return the error for whole files whose content cannot be loaded into this run."""
     return InputError(f"{checkpoint}: {' and '.join(names)} do not fit this run ({in_short(error)}); give another checkpoint")
 
 

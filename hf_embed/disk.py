@@ -41,7 +41,7 @@ SHARED_MEMORY = Path("/dev/shm")
 OF_WORKERS = r"out of shared memory|</torch_"
 ANOTHER_FOLDER = "give another output folder"
 AGAIN = "free some space there and run it again"
-ASIDE = ".saving-"  # prefix of the names of incomplete files and folders
+SAVING = ".saving-"  # prefix of the names of files and folders that are incomplete or about to be removed
 LONGEST_ADDITION = 40  # bytes of the longest prefix or suffix that a name gets while a file is written
 LONGEST_INSIDE = 200  # bytes of the longest path inside an output folder
 
@@ -130,7 +130,7 @@ def place_of(error: BaseException, places: list[Path]) -> Path:
     if re.search(OF_WORKERS, str(error)):
         return SHARED_MEMORY
     file = file_of(error)
-    if file is not None and not (places and any(part.startswith(ASIDE) for part in file.parts)):
+    if file is not None and not (places and any(part.startswith(SAVING) for part in file.parts)):
         return file
     if places:
         return places[0]
@@ -279,7 +279,7 @@ def lack_of_room(folder: str | Path, needed: int, what: str) -> str | None:
     the folder count as free room.
     """
     mount = mount_of(Path(folder))
-    left = [path for path in Path(folder).glob(f"{ASIDE}*/**/*") if path.is_file() and not path.is_symlink()]
+    left = [path for path in Path(folder).glob(f"{SAVING}*/**/*") if path.is_file() and not path.is_symlink()]
     if shutil.disk_usage(mount).free + sum(path.stat().st_size for path in left) >= needed:
         return None
     return f"{shortened(folder)}: {what} about {size(needed)}, but the file system {mount} has {free_of(mount)}"

@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from hf_embed.adapters import configs_of
 
 DRAWS = 2**16  # values of a draw
 
@@ -74,3 +77,9 @@ def use_plain_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is FastDropout:
             module.__class__ = nn.Dropout  # type: ignore[assignment]
+
+
+def dropout_rates(backbone: PreTrainedModel) -> dict[str, float]:
+    """Return the dropout rates in the configs of a model and its adapters, by name."""
+    rates = {key: value for config in configs_of(backbone) for key, value in config.items() if "drop" in key}
+    return {key: value for key, value in rates.items() if isinstance(value, int | float) and not isinstance(value, bool)}

@@ -19,7 +19,6 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from hf_embed.activations import Activations, ChunkEncoder
 from hf_embed.chunking import encode_in_chunks
-from hf_embed.data.tokenization import beginning, room_for_text
 from hf_embed.disk import disk_errors
 from hf_embed.encoding import (
     Tokens,
@@ -31,7 +30,9 @@ from hf_embed.encoding import (
     encode_by_length,
     evaluating,
     on_devices,
+    room_for_text,
     text_list,
+    tokenize_texts,
 )
 from hf_embed.errors import InputError
 from hf_embed.forward_check import check_kernel, measure
@@ -464,30 +465,10 @@ class Encoder(nn.Module):
         return load_encoder(cls, name_or_path, pooling, max_length, normalize, trust_remote_code, **model_kwargs)
 
 
-def tokenize_texts(encoder: Encoder, texts: list[str], numbers: Sequence[int] | None = None) -> Tokens:
-    """Return the token ids of each text.
-
-    `numbers` are the positions of the texts in the user's list, from 0. Only the error message uses them.
-
-    Raises:
-        InputError: if a text has no token.
-    """
-    texts = [beginning(text, encoder.max_length, encoder.tokenizer) for text in texts]
-    rows = encoder.tokenizer(
-        texts, truncation=True, max_length=encoder.max_length, return_attention_mask=False, return_token_type_ids=False
-    )["input_ids"]
-    if empty := [i for i, row in enumerate(rows) if not row]:  # e.g. "" if the tokenizer adds no special tokens
-        number = empty[0] if numbers is None else min(numbers[i] for i in empty)
-        raise InputError(f"the tokenizer returns no tokens for text {number + 1}, so it has no embedding; remove empty texts")
-    return rows
-
-
-def embed_tokens(
-    model: nn.Module, encoder: Encoder, tokens: Tokens, chunk_tokens: int | None = None, sharded: bool = False
-) -> Tensor:
+def embed_tokens(model: nn.Module, encoder: Encoder, tokens: Tokens, chunk_tokens: int | None = None) -> Tensor:
     """Embed N texts through `model`: the encoder, or a module that contains it (the training step, FSDP). Return (N, D)."""
     flat = torch.tensor(list(itertools.chain.from_iterable(tokens)), device=encoder.device)
-    return model(flat, [len(row) for row in tokens], chunk_tokens=chunk_tokens, sharded=sharded)["embeddings"]
+    return model(flat, [len(row) for row in tokens], chunk_tokens=chunk_tokens)["embeddings"]
 
 
 def default_chunk_tokens(device: torch.device, kept: bool = False) -> int:

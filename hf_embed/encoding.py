@@ -1,4 +1,4 @@
-"""The parts of `Encoder.encode` that do not depend on the model: check arguments, sort by length, use one or several devices.
+"""The parts of `Encoder.encode` around the model: check arguments and lengths, sort texts, use one or several devices.
 
 All texts are sorted by length before they are cut into batches. So the texts of a batch have similar lengths, and its chunks
 have hardly any padding. Only the tokens of the current batches are in memory.
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from hf_embed.adapters import copy_of
 from hf_embed.errors import InputError, utf8
@@ -31,7 +32,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 Tokens: TypeAlias = list[list[int]]  # the token ids of each text of a batch
 # For each model inside `evaluating`: the threads that use it, and the modules that were in training mode.
-_evaluated: dict[nn.Module, tuple[int, list[nn.Module]]] = {}
+_evaluated: dict[nn.Module, tuple[int, set[nn.Module]]] = {}
 _lock = Lock()
 # Arguments of sentence-transformers' encode, and what replaces them here.
 ELSEWHERE = {
@@ -121,6 +122,62 @@ def text_list(texts: Any) -> list[str]:
     return texts
 
 
+def beginning(text: str, max_length: int, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the part of a very long text that decides its first `max_length` tokens.
+
+    Tokenizing a megabyte of text takes seconds. No tokenizer looks ahead further than a word or two, and nearly all words have
+    a token. So the text after four words per token has no influence on the first tokens. The returned part ends between two
+    words, and has more than `max_length` tokens. The whole text is returned if there is no such part, for example because most
+    words are zero-width characters, which many tokenizers remove.
+    """
+    words = 4 * max_length
+    if len(text) < 10 * words or tokenizer.truncation_side == "left":
+        return text
+    parts = text.split(None, words)
+    if len(parts) <= words:
+        return text
+    part = text[: len(text) - len(parts[-1])]
+    tokens = tokenizer(part, truncation=True, max_length=max_length + 1)["input_ids"]
+    return part if len(tokens) > max_length else text
+
+
+def room_for_text(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[str], max_length: int) -> int:
+    """Return how many of `max_length` tokens the longest of these prompts leaves for the text, with its special tokens.
+
+    Raises:
+        InputError: if no room is left for a text, so that all texts would have the same vector.
+    """
+    lengths = {prompt: len(tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]) for prompt in prompts}
+    longest = max(lengths, key=lambda prompt: lengths[prompt])
+    left = max_length - lengths[longest]
+    if left <= tokenizer.num_special_tokens_to_add():
+        if not lengths[longest]:
+            raise InputError(f"max_length {max_length} leaves no room for a token of text; set it higher")
+        raise InputError(
+            f"the prompt {longest[:40]!r} has {lengths[longest]} tokens, so max_length {max_length} leaves no room for a text; "
+            "shorten the prompt, or increase max_length"
+        )
+    return left
+
+
+def tokenize_texts(encoder: "Encoder", texts: list[str], numbers: Sequence[int] | None = None) -> Tokens:
+    """Return the token ids of each text.
+
+    `numbers` are the positions of the texts in the user's list, from 0. Only the error message uses them.
+
+    Raises:
+        InputError: if a text has no token.
+    """
+    texts = [beginning(text, encoder.max_length, encoder.tokenizer) for text in texts]
+    rows = encoder.tokenizer(
+        texts, truncation=True, max_length=encoder.max_length, return_attention_mask=False, return_token_type_ids=False
+    )["input_ids"]
+    if empty := [i for i, row in enumerate(rows) if not row]:  # e.g. "" if the tokenizer adds no special tokens
+        number = empty[0] if numbers is None else min(numbers[i] for i in empty)
+        raise InputError(f"the tokenizer returns no tokens for text {number + 1}, so it has no embedding; remove empty texts")
+    return rows
+
+
 def encode_by_length(
     models: list[Model],
     tokenize: Callable[[list[str], Sequence[int]], Tokens],
@@ -196,9 +253,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     If several threads are inside with the same model, the last one to leave restores the modes.
     """
     with _lock:
-        users, training = _evaluated.get(model, (0, []))
-        _evaluated[model] = users + 1, training + [module for module in model.modules() if module.training]
-        model.eval()
+        users, training = _evaluated.get(model, (0, set()))
+        switched = {module for module in model.modules() if module.training}
+        _evaluated[model] = users + 1, training | switched
+        if switched:
+            model.eval()
     try:
         yield
     finally:
@@ -206,9 +265,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             users, training = _evaluated.pop(model)
             if users > 1:
                 _evaluated[model] = users - 1, training
-            else:
-                for module in training:
-                    module.training = True
+            elif training or model.training:  # the forward check switches a model to training mode
+                for module in model.modules():
+                    module.training = module in training
 
 
 def check_output(encoder: "Encoder", truncate_dim: int | None, normalize: bool | None, precision: str) -> None:

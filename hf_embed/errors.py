@@ -1,7 +1,9 @@
 """Errors that the user can fix, as messages of one line. Secrets are removed from messages and files."""
 
+import contextlib
 import copy
 import re
+from collections.abc import Iterator
 from typing import TypeVar
 
 # Parts: scheme; user name and password; host and path; query and fragment, without punctuation of the surrounding sentence.
@@ -58,6 +60,15 @@ class InputError(ValueError):
         if TRACEBACK not in message:  # of a dataloader worker; the last line is the message
             message = CONTROL.sub(" ", message)
         super().__init__(message)
+
+
+@contextlib.contextmanager
+def errors_of(what: str) -> Iterator[None]:
+    """Let the message of an `InputError` in the `with` block begin with `what` it is about: a file, a source, a flag."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{what}: {error}") from error
 
 
 def utf8(text: str) -> bytes:

@@ -25,7 +25,6 @@ import contextlib
 import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel
 
+from hf_embed.encoding import evaluating
 from hf_embed.errors import InputError
 from hf_embed.exact import exact_products, in_float32
 from hf_embed.library_internals import attention_backend, plain_attention
@@ -58,19 +58,8 @@ ORIGINAL = "original_max_position_embeddings"
 Row = dict[str, list[int]]  # the outputs of a tokenizer for one text, by name
 
 
-@dataclass
-class Passes:
-    """The vectors of the texts, (N, D), computed in several ways, and what was observed on the way."""
-
-    rows: list[Row]
-    further: list[str]  # names of the tokenizer's outputs other than the token ids
-    reference: Tensor  # each text alone, with every output of its tokenizer
-    plain: Tensor  # each text alone, from its token ids
-    batch: Tensor  # all texts in one padded batch
-    training: Tensor  # as in training
-    packable: Packable | None  # how the model can be packed, so that its vectors equal the reference
-    attends: bool  # whether tokens see each other
-    lookups: list[tuple[Tensor, Tensor]]  # the indices and the table of each lookup of the reference pass
+class Unequal(InputError):
+    """A model computes other vectors in one way than in another."""
 
 
 def measure(encoder: "Encoder") -> tuple[int, int | None, Packable | None]:
@@ -87,27 +76,23 @@ def measure(encoder: "Encoder") -> tuple[int, int | None, Packable | None]:
     if not is_measurable(encoder.backbone):
         return encoder.config.hidden_size, stated_positions(encoder.config), None
     check_vocabulary(encoder)
-    passes = None
     with in_float32(encoder) as changed:
-        failures = (InputError, torch.OutOfMemoryError) if changed else ()  # the code of a model may need its data type
-        with contextlib.suppress(*failures):
-            passes = run_passes(encoder)
-        if passes is not None:
-            check_passes(passes, encoder)
-    if passes is None:
-        passes = run_passes(encoder)
-        check_passes(passes, encoder)
-    first = next(iter(encoder.dense), None)  # the first layer after the pooling, if there is one
-    width = first.linear.in_features if isinstance(first, Dense) else passes.reference.shape[-1]
-    positions = table_of_positions(passes.lookups, passes.rows, word_table(encoder.base))
-    return width, positions or stated_positions(encoder.config), passes.packable
+        try:
+            return run_passes(encoder)
+        except Unequal:
+            raise
+        except (InputError, torch.OutOfMemoryError):
+            if not changed:
+                raise
+    return run_passes(encoder)  # as the weights are, because the code of a model may need their data type
 
 
-def run_passes(encoder: "Encoder") -> Passes:
-    """Compute the vectors of the texts in every way.
+def run_passes(encoder: "Encoder") -> tuple[int, int | None, Packable | None]:
+    """Compute and compare the vectors of the texts in every way, and return what `measure` does.
 
     Raises:
         InputError: if the model cannot encode a text from its token ids.
+        Unequal: if the vectors differ.
     """
     with undisturbed(encoder):
         try:
@@ -122,8 +107,8 @@ def run_passes(encoder: "Encoder") -> Passes:
             ) from error
 
 
-def compute_passes(encoder: "Encoder") -> Passes:
-    """Compute the vectors of the texts in every way; the encoder has to be in evaluation mode."""
+def compute_passes(encoder: "Encoder") -> tuple[int, int | None, Packable | None]:
+    """Do what `run_passes` describes; the encoder has to be in evaluation mode."""
     rows = probe_rows(encoder)
     further = sorted({key for row in rows for key in row} - {"input_ids"})
     flat = torch.tensor([token for row in rows for token in row["input_ids"]], device=encoder.device)
@@ -146,7 +131,11 @@ def compute_passes(encoder: "Encoder") -> Passes:
         encoder.eval()
     with torch.enable_grad():
         training = encoder(flat, lengths)["embeddings"].detach()
-    return Passes(rows, further, reference, plain, batch, training, encoder.packable, attends, lookups)
+    check_passes(encoder, reference, further, plain, batch, training, attends)
+    first = next(iter(encoder.dense), None)  # the first layer after the pooling, if there is one
+    width = first.linear.in_features if isinstance(first, Dense) else reference.shape[-1]
+    positions = table_of_positions(lookups, rows, word_table(encoder.base))
+    return width, positions or stated_positions(encoder.config), encoder.packable
 
 
 def find_packable(encoder: "Encoder", flat: Tensor, lengths: list[int], reference: Tensor) -> Packable | None:
@@ -200,30 +189,44 @@ def odd_neighbors(encoder: "Encoder") -> list[Tensor]:
     return [torch.full((MOST_TOKENS,), token, device=encoder.device) for token in ids if token is not None]
 
 
-def check_passes(passes: Passes, encoder: "Encoder") -> None:
-    """Compare the passes.
+def check_passes(
+    encoder: "Encoder", reference: Tensor, further: list[str], plain: Tensor, batch: Tensor, training: Tensor, attends: bool
+) -> None:
+    """Compare the vectors of the texts, all (N, D).
+
+    Args:
+        encoder: the encoder.
+        reference: each text alone, with every output of its tokenizer.
+        further: the names of these outputs other than the token ids.
+        plain: each text alone, from its token ids.
+        batch: all texts in one padded batch.
+        training: as in training.
+        attends: whether tokens see each other.
 
     Raises:
-        InputError: if they differ by more than the precision of the weights explains, or if the tokens do not see each other.
+        Unequal: if they differ by more than the precision of the weights explains, or if the tokens do not see each other.
     """
-    kind, tolerance = type(encoder.base).__name__, tolerance_of(encoder.backbone)
-    if differ(passes.plain, passes.reference, tolerance):
-        raise InputError(
-            f"{kind}: its embeddings depend on the tokenizer's {', '.join(passes.further)}, but only token ids are passed to "
-            "the model; if it was trained without, set tokenizer.model_input_names = ['input_ids', 'attention_mask']"
+    tolerance = tolerance_of(encoder.backbone)
+    problem = ""
+    if differ(plain, reference, tolerance):
+        problem = (
+            f"its embeddings depend on the tokenizer's {', '.join(further)}, but only token ids are passed to the model; if it "
+            "was trained without, set tokenizer.model_input_names = ['input_ids', 'attention_mask']"
         )
-    if differ(passes.batch, passes.reference, tolerance):
-        raise InputError(
-            f"{kind}: the embedding of a text depends on the other texts of its batch, or on chance (it differs in a padded "
-            "batch); use another architecture"
+    elif differ(batch, reference, tolerance):
+        problem = (
+            "the embedding of a text depends on the other texts of its batch, or on chance (it differs in a padded batch); use "
+            "another architecture"
         )
-    if differ(passes.training, passes.reference, tolerance):
-        raise InputError(f"{kind}: the forward pass of training differs from that of encode; use another architecture")
-    if not passes.attends:
-        raise InputError(
-            f"{kind}: on this device ({encoder.device.type}) attention has no effect, because tokens do not see each other; "
-            "use another device or architecture"
+    elif differ(training, reference, tolerance):
+        problem = "the forward pass of training differs from that of encode; use another architecture"
+    elif not attends:
+        problem = (
+            f"on this device ({encoder.device.type}) attention has no effect, because tokens do not see each other; use "
+            "another device or architecture"
         )
+    if problem:
+        raise Unequal(f"{type(encoder.base).__name__}: {problem}")
 
 
 def influences(encoder: "Encoder", names: list[str]) -> list[str]:
@@ -371,15 +374,9 @@ def undisturbed(encoder: "Encoder") -> Iterator[None]:
 
     Afterwards the training modes, the random states and the precision of products are as before.
     """
-    modes = {module: module.training for module in encoder.modules()}
     devices = [encoder.device] if encoder.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), exact_products():
-        encoder.eval()
-        try:
-            yield
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+    with torch.random.fork_rng(devices=devices), exact_products(), evaluating(encoder):
+        yield
 
 
 def check_vocabulary(encoder: "Encoder") -> None:

@@ -249,9 +249,8 @@ class GuardedTrainer(CheckpointTrainer):
                 "remove it"
             )
 
-    @property
-    def caching(self) -> bool | Activations:
-        """How the step that begins uses gradient caching, as `encode_in_chunks` expects it."""
+    def begin_caching(self) -> bool | Activations:
+        """Return how the step that begins uses gradient caching, as `encode_in_chunks` expects it."""
         if self.args.gradient_caching != AS_NEEDED:
             return bool(self.args.gradient_caching)
         self.activations.begin(self.state.global_step, self.args.device)

@@ -23,7 +23,6 @@ class Pooling:
         description: what the pooling computes, in words.
         function: maps the hidden states (B, T, D) and the mask (B, T) to the vectors (B, D).
         flag: the flag of the pooling in sentence-transformers' 1_Pooling/config.json, without `pooling_mode_`.
-        mode: the name of the pooling in sentence-transformers 6.
         card: the lines of code in the model card that compute `vectors` from `output` and `batch`.
         layers: the two layers whose hidden states are averaged before `function`, as indices of `hidden_states` (0 is the
             embedding layer). None: only the last layer. sentence-transformers has a separate module for this,
@@ -38,12 +37,16 @@ class Pooling:
     description: str
     function: Callable[[Tensor, Tensor], Tensor]
     flag: str
-    mode: str
     card: tuple[str, ...]
     layers: tuple[int, int] | None = None
     model_pooler: bool = False
     training_head: bool = False
     saved_as: str | None = None
+
+    @property
+    def mode(self) -> str:
+        """The name of the pooling in sentence-transformers 6: "mean" for the flag "mean_tokens"."""
+        return self.flag.removesuffix("s").removesuffix("_token")
 
 
 def first_token(states: Tensor, mask: Tensor) -> Tensor:
@@ -79,7 +82,6 @@ POOLINGS: dict[str, Pooling] = {
             description="the hidden state of the first token",
             function=first_token,
             flag="cls_token",
-            mode="cls",
             card=("vectors = output.last_hidden_state[:, 0]",),
         ),
         Pooling(
@@ -87,7 +89,6 @@ POOLINGS: dict[str, Pooling] = {
             description="the first token's hidden state through the model's own pooler (dense + tanh), which is saved",
             function=first_token,
             flag="cls_token",
-            mode="cls",
             card=("vectors = output.pooler_output",),
             model_pooler=True,
         ),
@@ -96,7 +97,6 @@ POOLINGS: dict[str, Pooling] = {
             description="like cls_mlp in training; evaluated and saved as cls (SimCSE, unsupervised)",
             function=first_token,
             flag="cls_token",
-            mode="cls",
             card=(),
             training_head=True,
             saved_as="cls",
@@ -106,7 +106,6 @@ POOLINGS: dict[str, Pooling] = {
             description="mean over the tokens",
             function=mean,
             flag="mean_tokens",
-            mode="mean",
             card=(MASK_LINE, "vectors = (output.last_hidden_state * mask).sum(1) / mask.sum(1)"),
         ),
         Pooling(
@@ -114,7 +113,6 @@ POOLINGS: dict[str, Pooling] = {
             description="the hidden state of the last token (for decoders)",
             function=last_token,
             flag="lasttoken",
-            mode="lasttoken",
             card=(
                 'last = batch["attention_mask"].sum(1) - 1  # padding is on the right',
                 "vectors = output.last_hidden_state[torch.arange(len(last)), last]",
@@ -125,7 +123,6 @@ POOLINGS: dict[str, Pooling] = {
             description="mean over the tokens, where the n-th token has the weight n (SGPT)",
             function=position_weighted_mean,
             flag="weightedmean_tokens",
-            mode="weightedmean",
             card=(
                 'weights = (batch["attention_mask"].cumsum(1) * batch["attention_mask"]).unsqueeze(-1)'
                 "  # 1, 2, 3 ... along the tokens",
@@ -137,7 +134,6 @@ POOLINGS: dict[str, Pooling] = {
             description="mean over the tokens of the first and the last layer, averaged",
             function=mean,
             flag="mean_tokens",
-            mode="mean",
             card=(MASK_LINE, "states = (output.hidden_states[1] + output.hidden_states[-1]) / 2", MEAN_LINE),
             layers=(1, -1),
         ),
@@ -146,7 +142,6 @@ POOLINGS: dict[str, Pooling] = {
             description="mean over the tokens of the last two layers, averaged",
             function=mean,
             flag="mean_tokens",
-            mode="mean",
             card=(MASK_LINE, "states = (output.hidden_states[-2] + output.hidden_states[-1]) / 2", MEAN_LINE),
             layers=(-2, -1),
         ),

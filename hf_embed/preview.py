@@ -8,9 +8,9 @@ from datasets import Dataset
 from hf_embed.data.files import shortened
 from hf_embed.data.mixture import Mixture, Stream
 from hf_embed.data.tokenization import count_texts
+from hf_embed.dropout import dropout_rates
 from hf_embed.encoder import Encoder
 from hf_embed.objectives import Objective
-from hf_embed.resume import dropout_rates
 
 SHOWN_ROWS = 2
 SHOWN_SOURCES = 6

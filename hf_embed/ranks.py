@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -126,7 +127,7 @@ class PeerWatch:
 
     def _watch(self, pipe: int) -> None:
         while number := os.read(pipe, 1):
-            if number[0] == signal.SIGTERM and not all(map(exists, self.others)):
+            if number[0] == signal.SIGTERM and not all(map(psutil.pid_exists, self.others)):
                 time.sleep(SOON)  # first let this rank report an error of its own
                 if self.pipe[0] == pipe:
                     os.kill(os.getpid(), signal.SIGKILL)
@@ -137,17 +138,6 @@ def place_of_process() -> str:
     """Return a text that is equal for processes that can see each other's process ids: host name and PID namespace."""
     space = Path("/proc/self/ns/pid")
     return f"{socket.gethostname()} {os.readlink(space) if sys.platform.startswith('linux') and space.is_symlink() else ''}"
-
-
-def exists(process: int) -> bool:
-    """Return whether a process with this process id exists."""
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 # ---- one run at a time ----

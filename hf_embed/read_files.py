@@ -235,26 +235,21 @@ def not_whole(name: str, error: Exception) -> InputError:
     )
 
 
-def read_array(path: str | Path, dimensions: int = 2, name: str = "") -> np.ndarray:
-    """Return the numbers of a .npy file as a memory map, which reads data only when it is used.
-
-    Args:
-        path: the path of the file.
-        dimensions: the number of dimensions that the array must have.
-        name: what messages call the file. Default: its path.
+def read_array(path: str | Path) -> np.ndarray:
+    """Return the numbers of a .npy file, in two dimensions, as a memory map, which reads data only when it is used.
 
     Raises:
         InputError: if the file does not exist, is truncated, is not a .npy file, holds objects, or has another number of
             dimensions.
     """
-    name = check_file(path, name)
+    name = check_file(path)
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # a damaged header raises many kinds of errors
         raise InputError(
             f"{name}: the .npy file is incomplete or damaged ({first_line(error)[:200]}); create it again"
         ) from error
-    if not isinstance(array, np.ndarray) or array.ndim != dimensions or array.dtype.kind not in "fiub":
+    if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind not in "fiub":
         found = f"{array.dtype} of shape {array.shape}" if isinstance(array, np.ndarray) else "several arrays"
-        raise InputError(f"{name} holds {found}, not numbers in {dimensions} dimensions; give another file")
+        raise InputError(f"{name} holds {found}, not numbers in 2 dimensions; give another file")
     return array

@@ -24,13 +24,13 @@ import pyarrow.compute
 import torch
 import xxhash
 from datasets import Dataset
-from torch import nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 
-from hf_embed.adapters import has_adapters
+from hf_embed.adapters import configs_of, has_adapters
 from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.data.mixture import Mixture, Stream, data_seed
 from hf_embed.data.sampling import GlobalBatchSampler, SourceBatchSampler
+from hf_embed.dropout import dropout_rates
 from hf_embed.errors import InputError
 from hf_embed.objectives import Objective
 from hf_embed.objectives.base import FunctionObjective
@@ -212,7 +212,7 @@ def name_of(function: Any) -> str:
     return f"{named.__module__}.{named.__qualname__}"
 
 
-def config_facts(backbone: nn.Module) -> Facts:
+def config_facts(backbone: PreTrainedModel) -> Facts:
     """Return the entries in the configs of a model and its adapters that decide what the model computes."""
     configs = configs_of(backbone)
     entries = [(key, value) for config in configs for key, value in config.items()]
@@ -220,17 +220,9 @@ def config_facts(backbone: nn.Module) -> Facts:
     return {key: value for key, value in facts.items() if not IGNORED_CONFIG_KEYS.search(key)}
 
 
-def configs_of(backbone: nn.Module) -> list[Facts]:
-    """Return the config of a model and the configs of its adapters, as dicts."""
-    configs = [backbone.config.to_dict()]  # type: ignore[operator, union-attr]
-    if has_adapters(backbone):  # type: ignore[arg-type]
-        configs += [config.to_dict() for config in backbone.peft_config.values()]  # type: ignore[operator]
-    return configs
-
-
-def base_model_hash(backbone: nn.Module) -> str | None:
+def base_model_hash(backbone: PreTrainedModel) -> str | None:
     """Return a hash of the frozen base weights under adapters, which a checkpoint does not hold. None without adapters."""
-    if not has_adapters(backbone):  # type: ignore[arg-type]
+    if not has_adapters(backbone):
         return None
     digest = xxhash.xxh3_128()
     for name, parameter in sorted(backbone.named_parameters()):
@@ -253,12 +245,6 @@ def optimizer_class(trainer: "ContrastiveTrainer") -> str:
         return name
     made_by = Trainer.get_optimizer_cls_and_kwargs(trainer.args)[0]
     return made_by.__name__ if isinstance(made_by, type) else name
-
-
-def dropout_rates(backbone: nn.Module) -> Facts:
-    """Return the dropout rates in the configs of a model and its adapters, by name."""
-    rates = {key: value for config in configs_of(backbone) for key, value in config.items() if "drop" in key}
-    return {key: value for key, value in rates.items() if isinstance(value, int | float) and not isinstance(value, bool)}
 
 
 # ---- the ranks of a run ----
@@ -314,14 +300,14 @@ def compare(checkpoint: Path, then: Facts, now: Facts, allow_changed: bool) -> l
 
 def run_changes(then: Facts, now: Facts) -> list[str]:
     """Describe the changes that `allow_changed` must permit: those of the model, the objective and the rows."""
-    changes = [change for key in ("encoder", "objective") for change in changes_of(then.get(key, {}), now.get(key, {}))]
-    config, present_config = then.get("config", {}), now["config"]
+    changes = [change for key in ("encoder", "objective") for change in changes_of(then[key], now[key])]
+    config, present_config = then["config"], now["config"]
     common = config.keys() & present_config.keys()  # another version of transformers may have added or removed entries
     changes += changes_of({key: config[key] for key in common}, {key: present_config[key] for key in common})
-    retokenized = {"max_length", "prompts"} & changed_keys(then.get("encoder", {}), now.get("encoder", {}))
-    data, present_data = (without_content(facts.get("data", {}), bool(retokenized)) for facts in (then, now))
+    retokenized = {"max_length", "prompts"} & changed_keys(then["encoder"], now["encoder"])
+    data, present_data = (without_content(facts["data"], bool(retokenized)) for facts in (then, now))
     changes += changes_of(data, present_data)
-    if not changes and same_draws(then, now) and then.get("order") != now.get("order"):
+    if not changes and same_draws(then, now) and then["order"] != now["order"]:
         changes.append("the order of the rows: this version draws a different order from the same seed")
     return changes
 
@@ -332,7 +318,7 @@ def check_fit(checkpoint: Path, then: Facts, now: Facts, changes: list[str]) -> 
     If parameters differ, the message also lists the other `changes`, because they may be the cause.
     """
     besides = f" ({'; '.join(changes)})" if changes else ""
-    before, present = then.get("parameters", {}), now.get("parameters", {})
+    before, present = then["parameters"], now["parameters"]
     if before != present:
         other = sorted(changed_keys(before, present))
         shown = f"for example {other[0]} was {shape(before.get(other[0]))} and is {shape(present.get(other[0]))}"
@@ -340,11 +326,11 @@ def check_fit(checkpoint: Path, then: Facts, now: Facts, changes: list[str]) -> 
             f"{checkpoint}: the checkpoint belongs to another model: {len(other):,} trained parameters differ, {shown}{besides}"
             "; use the model, the objective and the adapters of its run"
         )
-    if then.get("base") != now.get("base"):
+    if then["base"] != now["base"]:
         raise InputError(f"{checkpoint}: the adapters were trained on another base model; use the base model of its run")
-    if then.get("optimizer") != now.get("optimizer"):
+    if then["optimizer"] != now["optimizer"]:
         raise InputError(
-            f"{checkpoint}: the optimizer was {then.get('optimizer')} and is {now.get('optimizer')}, so its saved state cannot "
+            f"{checkpoint}: the optimizer was {then['optimizer']} and is {now['optimizer']}, so its saved state cannot "
             "be loaded; use the earlier one, or start again in another folder"
         )
 
@@ -366,7 +352,7 @@ def without_content(data: Facts, leave_out: bool) -> Facts:
 def same_draws(then: Facts, now: Facts) -> bool:
     """Return whether both runs should draw the same rows: seed, global batch size and `dataloader_drop_last` are equal."""
     last = "dataloader_drop_last"
-    seeds, drops = then.get("seed_of_rows") == now["seed_of_rows"], then["settings"].get(last) == now["settings"][last]
+    seeds, drops = then["seed_of_rows"] == now["seed_of_rows"], then["settings"].get(last) == now["settings"][last]
     return seeds and drops and global_batch(then) == global_batch(now)
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import xxhash
 
-from hf_embed.disk import ASIDE, disk_errors
+from hf_embed.disk import SAVING, disk_errors
 from hf_embed.errors import InputError
 
 try:
@@ -33,7 +33,6 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 BUSY = "another process is writing to this folder"  # part of an error message
-SAVING = ASIDE  # prefix of files and folders that are incomplete or about to be removed
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # constants of renameat2 on Linux
 numbers = itertools.count()
 locks: dict[str, int] = {}  # of this process: real path -> file descriptor of the open folder

@@ -60,6 +60,7 @@ class TrainingStep(nn.Module):
     train_head: nn.Module | None
     mlm_head: nn.Module | None
     log_temperature: nn.Parameter | None  # (1,)
+    sharded = False  # whether FSDP or ZeRO shards the parameters, so that each layer is a collective; the trainer sets it
 
     def __init__(
         self,
@@ -85,7 +86,6 @@ class TrainingStep(nn.Module):
         chunk_tokens: int | None = None,
         gradient_caching: bool | Activations = False,
         mlm: tuple[Tensor, Tensor] | None = None,
-        sharded: bool = False,
     ) -> dict[str, Tensor]:
         """Compute everything that the loss needs from a flat batch.
 
@@ -96,13 +96,12 @@ class TrainingStep(nn.Module):
             chunk_tokens: the maximum number of tokens in a chunk, padding included.
             gradient_caching: recompute each chunk in the backward pass; with `Activations`, only some of the chunks.
             mlm: masked token ids and labels, both (S,), for the auxiliary masked-language-modeling loss.
-            sharded: every rank must encode the same number of chunks.
 
         Returns:
             A dict with "embeddings" (N, D), not normalized. With `mlm` it also has "mlm", the summed cross-entropy of the
             masked tokens. With a learned temperature it also has "temperature", a scalar of at least `MIN_TEMPERATURE`.
         """
-        outputs = self.encoder(input_ids, lengths, chunk_tokens, gradient_caching, sharded, trained=self)
+        outputs = self.encoder(input_ids, lengths, chunk_tokens, gradient_caching, self.sharded, trained=self)
         if self.log_temperature is not None:
             # The gradient is not blocked at the limit, so a temperature below the limit can still rise again.
             below = (math.log(MIN_TEMPERATURE) - self.log_temperature.detach()).clamp(min=0)
@@ -110,13 +109,13 @@ class TrainingStep(nn.Module):
         if mlm is not None:
             chunk_tokens = chunk_tokens or default_chunk_tokens(input_ids.device)
             losses = encode_in_chunks(
-                ChunkEncoder(partial(self.mlm_losses, *mlm), self, self.encoder.base, sharded),
+                ChunkEncoder(partial(self.mlm_losses, *mlm), self, self.encoder.base, self.sharded),
                 torch.arange(len(input_ids), device=input_ids.device),
                 lengths,
                 pad_id=0,
                 chunk_tokens=chunk_tokens,
                 gradient_caching=bool(gradient_caching),
-                equal_chunks=sharded,
+                equal_chunks=self.sharded,
             )
             outputs["mlm"] = losses.sum()
         return outputs

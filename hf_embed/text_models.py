@@ -11,7 +11,7 @@ import transformers
 from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_embed.adapters import check_kinds, has_adapters
-from hf_embed.data.tokenization import room_for_text
+from hf_embed.encoding import room_for_text
 from hf_embed.errors import InputError
 from hf_embed.library_internals import saves_its_code, uncompiled
 from hf_embed.ranges import COUNT, out_of_range

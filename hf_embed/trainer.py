@@ -20,22 +20,24 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput
 
 from hf_embed import trainer_inputs as inputs
 from hf_embed import trainer_rows
 from hf_embed.adapters import has_adapters, in_4_bits, without_weights
 from hf_embed.arguments import ContrastiveTrainingArguments
-from hf_embed.checkpoint import hub
+from hf_embed.checkpoint.layout import strip_prefix
 from hf_embed.checkpoint.save import save_encoder
-from hf_embed.checkpoint.training_state import load_training_state, save_training_tensors, with_file_names
+from hf_embed.checkpoint.training_state import load_training_state, save_training_tensors
 from hf_embed.checkpoint.whole import ASIDE
 from hf_embed.data.collator import RaggedCollator, further_arguments, to_rows
 from hf_embed.data.mixture import Mixture
 from hf_embed.data.python_rows import RowData
 from hf_embed.data.training_rows import batch_sampler, make_loader
 from hf_embed.distributed import gather_rows, take_weights_of_main
-from hf_embed.encoder import embed_tokens, tokenize_texts
+from hf_embed.encoder import embed_tokens
+from hf_embed.encoding import tokenize_texts
 from hf_embed.errors import InputError, without_secrets
 from hf_embed.evaluation.held_out import with_model
 from hf_embed.evaluation.tasks import Task, score_tasks
@@ -161,6 +163,7 @@ class ContrastiveTrainer(GuardedTrainer):
             callbacks=[self.watch, *inputs.checked_callbacks(callbacks)],
             optimizers=optimizers,
         )
+        self.step.sharded = self.sharded
         if self.sharded and in_4_bits(self.encoder.backbone):
             raise InputError("weights in 4 bits cannot be sharded (FSDP, DeepSpeed); train on one GPU or with DDP")
         if not self.sharded:
@@ -180,7 +183,7 @@ class ContrastiveTrainer(GuardedTrainer):
         """Make the model anew, with the heads that the objective needs. Trainer calls this before each training."""
         model = super().call_model_init(trial)
         self.step = make_step(*inputs.as_model(model, self.tokenizer_of_models, self.args), self.args, self.main_objective)
-        self.encoder = self.step.encoder
+        self.encoder, self.step.sharded = self.step.encoder, self.sharded
         return self.step
 
     # ---- the step ----
@@ -212,8 +215,8 @@ class ContrastiveTrainer(GuardedTrainer):
         """
         args, input_ids, text_ids = self.args, inputs["input_ids"], inputs["text_ids"]
         mlm = None if self.step.mlm_head is None else mask_tokens(input_ids, self.encoder.tokenizer)
-        outputs = model(input_ids, inputs["lengths"], args.chunk_tokens, self.caching, mlm, self.sharded)
-        rows = to_rows(outputs["embeddings"], inputs["slots"], text_ids.shape, args.same_dropout_mask)  # (B, V, D)
+        outputs = model(input_ids, inputs["lengths"], args.chunk_tokens, self.begin_caching(), mlm)
+        rows = to_rows(outputs["embeddings"], inputs["slots"], text_ids.shape)  # (B, V, D)
         first_row = args.process_index * len(rows)
         given = {"temperature": outputs["temperature"]} if "temperature" in outputs else {}
         objective = self.objectives[inputs["source"]]
@@ -279,7 +282,7 @@ class ContrastiveTrainer(GuardedTrainer):
         memory = memory_tracker(self)
         memory.start()
         with self.evaluating():
-            scores = score_tasks(with_model(tasks, self.model, self.sharded), self._embed)
+            scores = score_tasks(with_model(tasks, self.model), self._embed)
         if eval_dataset is None:
             check_metric(self.args, tasks, scored=True)
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in scores.items()}
@@ -310,7 +313,7 @@ class ContrastiveTrainer(GuardedTrainer):
     def _embed(self, texts: list[str], prompt_name: str | None = None) -> Tensor:
         """Return the embeddings of texts, (texts, D), with the same final operations as in `encode`."""
         tokens = tokenize_texts(self.encoder, [self.encoder.prompt(prompt_name) + text for text in texts])
-        embeddings = embed_tokens(self.model, self.encoder, tokens, self.args.chunk_tokens, self.sharded)
+        embeddings = embed_tokens(self.model, self.encoder, tokens, self.args.chunk_tokens)
         return self.encoder.finish(embeddings.float())
 
     # ---- saving and loading ----
@@ -327,15 +330,15 @@ class ContrastiveTrainer(GuardedTrainer):
         folder = str(output_dir or args.output_dir)
         final = not Path(folder).name.startswith((f"{PREFIX_CHECKPOINT_DIR}-", ASIDE))
         results = (final and training_results(self)) or ({} if self.drops_results else None)
-        of_encoder = None if state_dict is None else with_file_names(state_dict)
+        of_encoder = None if state_dict is None else strip_prefix(state_dict, "encoder.")
         verify = final and state_dict is None
         save_encoder(self.encoder, folder, verify, of_encoder, results=results, unsharded=self.unsharded)
         if not final:
-            save_training_tensors(folder, self.step, self.encoder, state_dict or self.step.state_dict())
-        torch.save(without_secrets(args), Path(folder, hub.TRAINING_ARGS))
+            save_training_tensors(folder, self.step, state_dict or self.step.state_dict())
+        torch.save(without_secrets(args), Path(folder, TRAINING_ARGS_NAME))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
-            load_training_state(resume_from_checkpoint, self.step, self.encoder)
+            load_training_state(resume_from_checkpoint, self.step)

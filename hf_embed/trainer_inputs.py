@@ -317,7 +317,7 @@ def refuse_columns(rows: Mapping[str, object], name: str) -> None:
             )
 
 
-def as_tasks(sets: Any, name: str = "eval_dataset") -> dict[str, Task]:
+def as_tasks(sets: Any) -> dict[str, Task]:
     """Return evaluation sets by name, with the held-out rows last.
 
     A table with the columns sentence1, sentence2 and score is an STS set. A table with the columns of training rows is held
@@ -329,10 +329,10 @@ def as_tasks(sets: Any, name: str = "eval_dataset") -> dict[str, Task]:
     if sets is None:
         return {}
     if not isinstance(sets, Mapping):
-        task = as_task(sets, name)
+        task = as_task(sets, "eval_dataset")
         return {task.kind: task}
     if sets:
-        refuse_columns(sets, name)
+        refuse_columns(sets, "eval_dataset")
     tasks = {str(key): as_task(value, str(key)) for key, value in sets.items()}
     return dict(sorted(tasks.items(), key=lambda named: isinstance(named[1], HeldOut)))
 

@@ -11,12 +11,12 @@ from datasets import Dataset
 from transformers.trainer_utils import PredictionOutput, speed_metrics
 
 from hf_embed.arguments import ContrastiveTrainingArguments
-from hf_embed.data.collator import VectorRows
 from hf_embed.data.columns import text_columns
 from hf_embed.data.mixture import Mixture, Stream
 from hf_embed.data.python_rows import RowData
 from hf_embed.data.sources import texts_of
 from hf_embed.data.training_rows import TrainData, batch_sampler, check_objective, tokenize_all
+from hf_embed.data.vector_file import VectorFile
 from hf_embed.distributed import check_same
 from hf_embed.errors import InputError
 from hf_embed.evaluation.held_out import HeldOut, HeldOutLoss, seen_in_training
@@ -26,7 +26,7 @@ from hf_embed.objectives import Objective
 from hf_embed.progress import hidden_bars
 from hf_embed.resume import rows_hash
 from hf_embed.step import TrainingStep
-from hf_embed.teacher import teacher_of, with_teacher
+from hf_embed.teacher import with_teacher
 from hf_embed.trainer_inputs import EvalSets, as_tasks, stored_rows, with_metrics
 from hf_embed.trainer_settings import check_batch, check_training
 
@@ -105,7 +105,7 @@ def make_held_out(
         table = cast(Dataset, rows)
         check_same(f"{name}: the rows", rows_hash(table))
         check_objective(objective, table, max(views), name)
-        (table,), vectors = with_teacher([table], [objective], teacher_of(args, step.encoder))
+        (table,), vectors = with_teacher([table], [objective], args, step.encoder.full_dimension)
         loss = made[name] = HeldOutLoss(table, objective, batch_size, step, args.chunk_tokens, vectors=vectors)
         if args.process_index == 0:
             warn_of_seen(loss.rows, training, name)
@@ -127,7 +127,7 @@ class TrainingRows(NamedTuple):
     tokens: Dataset | Mixture | None  # the tokenized rows; None: the trainer only evaluates
     views: list[int]  # the largest number of texts in a row
     objectives: list[Objective]
-    vectors: dict[str, VectorRows]  # a teacher's vectors; see `RaggedCollator`
+    vectors: dict[str, VectorFile]  # a teacher's vectors; see `RaggedCollator`
 
 
 def read_training_rows(
@@ -154,7 +154,7 @@ def read_training_rows(
     objectives = [own or objective for own in tokens.objectives] if isinstance(tokens, Mixture) else [objective]
     check_objectives(objective, objectives, list(zip(tables, views, labels)), step.encoder.full_dimension)
     check_training(args, step.encoder, len(batch_sampler(tokens, args, args.train_batch_size)), name)
-    tables, vectors = with_teacher(tables, objectives, teacher_of(args, step.encoder))
+    tables, vectors = with_teacher(tables, objectives, args, step.encoder.full_dimension)
     if isinstance(tokens, Mixture):
         tokens.tables = tables
     return TrainingRows(tokens if isinstance(tokens, Mixture) else tables[0], views, objectives, vectors)

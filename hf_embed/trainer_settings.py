@@ -225,7 +225,7 @@ def check_optimizer(args: TrainingArguments) -> None:
             made_by([torch.nn.Parameter(torch.zeros(1))], **kwargs)
     except Exception as error:
         if isinstance(error, ImportError) or not name.startswith(NEED_A_MODEL):
-            raise InputError(f"optim {name}: {' '.join(str(error).split())}") from error
+            raise InputError(f"optim {name}: {error}") from error
 
 
 def check_schedule(args: TrainingArguments) -> None:
@@ -242,7 +242,7 @@ def check_schedule(args: TrainingArguments) -> None:
     try:
         get_scheduler(name, optimizer, args.get_warmup_steps(steps), steps, given)
     except Exception as error:
-        raise InputError(f"lr_scheduler_type {name}: {' '.join(str(error).split())}") from error
+        raise InputError(f"lr_scheduler_type {name}: {error}") from error
 
 
 def check_settings(args: TrainingArguments, tasks: dict[str, Task]) -> None:

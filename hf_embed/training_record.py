@@ -22,7 +22,7 @@ from hf_embed.data.mixture import Mixture, Source
 from hf_embed.errors import masked
 from hf_embed.evaluation.held_out import HeldOutLoss
 from hf_embed.evaluation.sts import STS
-from hf_embed.evaluation.tasks import THRESHOLD, Task, main_metric
+from hf_embed.evaluation.tasks import THRESHOLD, Task, finite_mean, main_metric
 from hf_embed.library_internals import same_accelerator
 from hf_embed.objectives import Matryoshka, Objective
 from hf_embed.objectives.base import FunctionObjective
@@ -206,12 +206,6 @@ def score_of(args: ContrastiveTrainingArguments, tasks: Mapping[str, Task], scor
     keys = [f"eval_{metric}"] if of_one else [f"eval_{name}_{metric}" for name in tasks]
     score = finite_mean([scores[key] for key in keys if key in scores])
     return {"metric": metric, "score": number(score, 4), "greater_is_better": greater is not False}
-
-
-def finite_mean(values: Iterable[float]) -> float:
-    """Return the mean of the values that are finite, or NaN if there is none."""
-    finite = [value for value in values if math.isfinite(value)]
-    return sum(finite) / len(finite) if finite else math.nan
 
 
 def changed_settings(objects: Iterable[Any], several_sources: bool) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from hf_embed.distributed import get_rank
 from hf_embed.encoder import Encoder
 from hf_embed.encoding import text_list
 from hf_embed.entry import recipe_command
-from hf_embed.errors import InputError
+from hf_embed.errors import InputError, errors_of
 from hf_embed.fingerprint import fingerprint
 from hf_embed.read_files import read_array, read_json
 from hf_embed.safe_files import put, write_json, writing
@@ -136,10 +136,8 @@ def read_vectors(path: str | Path, encoder: Encoder, texts: Sequence[str]) -> tu
         raise InputError(f"{path}: there are {len(vectors):,} vectors but {len(texts):,} texts; encode the texts again")
     if [vectors.shape[1], str(vectors.dtype)] != [about.get("width"), about.get("dtype")]:
         raise InputError(f"{path}: the vectors do not match {description_of(Path(path)).name}; encode the texts again")
-    try:
+    with errors_of(str(path)):  # raises an error if the model does not have an option, or a text is empty
         identity = identity_of(encoder, texts, options, about.get("file", "texts"))
-    except InputError as error:  # the model does not have an option, or a text is empty
-        raise InputError(f"{path}: {error}") from error
     if identity != about.get("identity"):
         if (half := about.get("bf16")) not in (None, encoder.dtype == torch.bfloat16):
             raise InputError(

@@ -30,7 +30,6 @@ Compare = Callable[[Tensor, Tensor], Tensor]
 
 PRECISIONS = ("float32", "int8", "binary", "ubinary")
 PACKED = ("binary", "ubinary")
-# Name in sentence-transformers -> function, (..., N, D) and (..., M, D) -> (..., N, M). A larger value means nearer vectors.
 
 
 def distances(a: Tensor, b: Tensor) -> Tensor:
@@ -43,6 +42,7 @@ def distances(a: Tensor, b: Tensor) -> Tensor:
     return torch.cdist(a.double(), b.double()).float()
 
 
+# Name in sentence-transformers -> function, (..., N, D) and (..., M, D) -> (..., N, M). A larger value means nearer vectors.
 SIMILARITIES: dict[str, Compare] = {
     "cosine": lambda a, b: F.normalize(a.float(), dim=-1) @ F.normalize(b.float(), dim=-1).mT,
     "dot": lambda a, b: a.float() @ b.float().mT,

@@ -24,13 +24,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn import functional as F
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.checkpoint.whole import last_good
 from hf_embed.distributed import gather_objects
 from hf_embed.errors import InputError
+from hf_embed.evaluation.geometry import alignment, uniformity
 from hf_embed.objectives.masking import false_negatives
 
 logger = logging.getLogger(__name__)
@@ -49,14 +49,12 @@ def batch_geometry(rows: Tensor, text_ids: Tensor) -> dict[str, float]:
         rows: embeddings (B, V, D), at least two rows.
         text_ids: hashes of the texts (B, V).
     """
-    rows, text_ids = rows[:ROWS].float(), text_ids[:ROWS]
-    anchors, positives = F.normalize(rows[:, 0], dim=-1), F.normalize(rows[:, 1], dim=-1)
-    norms = rows[:, 0].norm(dim=-1)
-    others = ~torch.eye(len(rows), dtype=torch.bool, device=rows.device)
+    anchors, positives = (rows[:ROWS, view].float() for view in (0, 1))
+    text_ids, norms = text_ids[:ROWS], anchors.norm(dim=-1)
+    others = ~torch.eye(len(anchors), dtype=torch.bool, device=rows.device)
     return {
-        "alignment": (anchors - positives).square().sum(-1).mean().item(),
-        # The squared distance of unit vectors is 2 - 2 cosine. PyTorch's pdist does not exist for Apple's GPU.
-        "uniformity": (anchors @ anchors.T)[others].mul(4).sub(4).exp().mean().log().item(),
+        "alignment": alignment(anchors.cpu().numpy(), positives.cpu().numpy()),
+        "uniformity": uniformity(anchors.cpu().numpy()),
         "norm_spread": (norms.std() / norms.mean()).item(),
         "masked_share": false_negatives(text_ids, text_ids[:, 1])[others].float().mean().item(),
     }

@@ -17,10 +17,10 @@ from pathlib import Path
 from hf_embed.checkpoint.card import store_results, stored_results, write_card
 from hf_embed.disk import check_folder
 from hf_embed.errors import InputError
-from hf_embed.evaluation.mteb import find_tasks, lines, run_mteb
 from hf_embed.fingerprint import fingerprint
 from hf_embed.kit.cli import parse, run
 from hf_embed.kit.inference import FastEncodingArguments, load_for_encoding
+from hf_embed.kit.mteb_runs import find_tasks, lines, run_mteb
 from hf_embed.kit.report import check_results
 from hf_embed.ranges import COUNT, check_ranges
 from hf_embed.safe_files import clear_leftovers

@@ -23,8 +23,8 @@ from hf_embed.data.labeled import read_pairs as positive_pairs
 from hf_embed.data.sources import leave_out, read_file, read_texts
 from hf_embed.disk import check_file
 from hf_embed.errors import InputError
-from hf_embed.evaluation.mteb import fingerprint
 from hf_embed.evaluation.retrieval import read_retrieval
+from hf_embed.fingerprint import fingerprint
 from hf_embed.kit.cli import parse, run
 from hf_embed.kit.inference import FastEncodingArguments, load_for_encoding
 from hf_embed.kit.models import embed_with

@@ -12,6 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+if "hf_embed_tests_" not in os.environ.get("HF_HOME", ""):  # pytest's workers and the ranks of a test inherit the variable
+    CACHES = TemporaryDirectory(prefix="hf_embed_tests_")  # tables of the tests do not stay in the user's caches
+    os.environ["HF_HOME"] = CACHES.name
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test uses the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

@@ -152,17 +152,13 @@ def test_a_card_of_the_users_stays_unless_asked(tmp_path):
     assert path.read_text() == made
 
 
-@pytest.mark.parametrize(
-    ("inner", "shown"),
-    [({"name": "SimCSE"}, "SimCSE"), ({"name": "ImprovedContrastive"}, "ImprovedContrastive"), ({}, "ImprovedContrastive")],
-    ids=["SimCSE", "ImprovedContrastive", "results of before"],
-)
-def test_the_objective_within_matryoshka_is_the_one_that_was_trained(inner, shown):
+@pytest.mark.parametrize("inner", ["SimCSE", "ImprovedContrastive"])
+def test_the_objective_within_matryoshka_is_the_one_that_was_trained(inner):
     """BUG: The card always showed the equation and the paper of ImprovedContrastive, whatever the inner objective was."""
-    objective = {"name": "Matryoshka", "objective": inner | {"temperature": 0.05}, "dims": [16], "weights": [1.0]}
+    objective = {"name": "Matryoshka", "objective": {"name": inner, "temperature": 0.05}, "dims": [16], "weights": [1.0]}
     card = model_card(tiny_encoder(), RESULTS | {"train": TRAIN | {"objective": objective}})
     for name in ("SimCSE", "ImprovedContrastive"):
-        assert (OBJECTIVES[name].equation in card) == (OBJECTIVES[name].paper in card) == (name == shown)
+        assert (OBJECTIVES[name].equation in card) == (OBJECTIVES[name].paper in card) == (name == inner)
     assert OBJECTIVES["Matryoshka"].paper in card
 
 

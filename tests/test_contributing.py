@@ -24,7 +24,7 @@ SECTIONS = {title: body for title, body in SECTION.findall(PAGE) if blocks(body,
 def apply(title: str, folder: Path) -> None:
     """Copy the code to a folder and apply the diff of a section to the copy."""
     for part in ("hf_embed", "recipes", "tests"):
-        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__", "fixtures"))
+        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "setup.cfg", folder)  # setup.cfg holds the settings of pytest
     (diff,) = blocks(SECTIONS[title], "diff")
     assert 1 <= len(re.findall(r"^\+\+\+ ", diff, re.MULTILINE)) <= 2

@@ -26,7 +26,8 @@ from hf_embed.data.labeled import read_pairs
 from hf_embed.data.mixture import Stream
 from hf_embed.data.source_files import read_sources
 from hf_embed.data.sources import is_list, read_file, read_texts, row_texts, text_columns
-from hf_embed.data.tokenization import RowTokenizer, beginning
+from hf_embed.data.tokenization import RowTokenizer
+from hf_embed.encoding import beginning
 from hf_embed.evaluation.retrieval import read_retrieval
 from hf_embed.evaluation.sts import read_sts
 from hf_embed.evaluation.zero_shot import read_zero_shot

@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -269,12 +270,20 @@ def test_an_error_of_several_processes_is_one_line(words):
 
 # ---- the command ----
 
+LIST = [sys.executable, "-c", "from hf_embed.kit.command import main; main()"]
 
-def test_the_command_lists_every_recipe(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["hf-embed"])
-    command.main()
-    shown = capsys.readouterr().out
+
+def test_the_command_lists_every_recipe():
+    shown = subprocess.run(LIST, capture_output=True, text=True, check=True).stdout
     assert [line.split()[0] for line in shown.splitlines()[2:-2]] == [name.replace("_", "-") for name in RECIPES]
+
+
+def test_a_reader_that_has_ended_ends_the_list_without_a_message():
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(LIST, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (-signal.SIGPIPE, "")
 
 
 def test_an_unknown_recipe_is_one_line():

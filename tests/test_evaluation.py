@@ -16,11 +16,12 @@ from datasets import Dataset
 from scipy import stats
 
 from hf_embed import InputError
-from hf_embed.evaluation.geometry import alignment, plot_trajectory, uniformity
+from hf_embed.evaluation.geometry import alignment, uniformity
 from hf_embed.evaluation.metrics import Alignment, SpearmanCosine, Uniformity
 from hf_embed.evaluation.sts import STS, check_sts, read_sts
 from hf_embed.evaluation.tasks import score_tasks
 from hf_embed.kit.eval_flags import EvalArguments, read_tasks
+from hf_embed.kit.report import plot_trajectory
 
 
 @pytest.fixture(autouse=True)

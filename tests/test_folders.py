@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, InputError, SimCSE
-from hf_embed.evaluation.mteb import model_meta, run_mteb
+from hf_embed.evaluation.mteb import model_meta
 from hf_embed.kit.models import load_model
+from hf_embed.kit.mteb_runs import run_mteb
 from hf_embed.kit.plan import ModelArguments
 
 LONG = "the committee postponed the vote once more and went home " * 12  # 133 tokens: more than a tiny model accepts by default

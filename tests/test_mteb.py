@@ -12,9 +12,10 @@ from datasets import Dataset, DatasetDict
 from worker import SEARCH, STS
 
 from hf_embed import Encoder
-from hf_embed.evaluation.mteb import find_tasks, lines, model_meta, run_mteb
+from hf_embed.evaluation.mteb import model_meta
 from hf_embed.evaluation.sts import STS as OurSTS
 from hf_embed.kit.models import embed_with
+from hf_embed.kit.mteb_runs import find_tasks, lines, run_mteb
 
 mteb = pytest.importorskip("mteb")
 from mteb.abstasks import AbsTaskRetrieval, AbsTaskSTS  # noqa: E402

@@ -130,7 +130,6 @@ MAX = Pooling(
     description="the largest number of each dimension over the tokens",
     function=largest,
     flag="max_tokens",
-    mode="max",
     card=(
         'padding = batch["attention_mask"].unsqueeze(-1) == 0',
         "vectors = output.last_hidden_state.masked_fill(padding, -torch.inf).amax(1)",
@@ -167,7 +166,7 @@ def test_a_new_pooling_is_one_entry(tmp_path, monkeypatch):
 def test_a_new_pooling_of_two_layers_is_one_entry(tmp_path, monkeypatch):
     entry = Pooling(
         name="ends_max", description="the largest numbers of the first and the last layer's average", function=largest,
-        flag="max_tokens", mode="max", card=("vectors = ...",), layers=(1, -1),
+        flag="max_tokens", card=("vectors = ...",), layers=(1, -1),
     )  # fmt: skip
     monkeypatch.setitem(POOLINGS, "ends_max", entry)
     encoder = tiny_encoder(pooling="ends_max")

@@ -27,14 +27,13 @@ EVERY = [read_text, read_json, read_tensors, tensor_dtypes, read_array, read_fil
 # Modules that read or parse without the readers of `read_files`: the call and, where it is not obvious, the reason.
 OTHERS = {
     "read_files": "the readers themselves",
-    "checkpoint_trainer": "torch.load: which file of a checkpoint it is that cannot be read",
     "data.files": "open: rows of any size, a line at a time",
     "data.yaml_files": "YAML, from the text of read_text",
     "kit.ablation": "json.loads: what json.dumps has made a moment before",
     "resume": "the same",
     "kit.pretraining": "torch.load, of weights and numbers alone",
     "kit.row_hashes": "json.loads: cells that are JSON",
-    "evaluation.mteb": "read_text: what cannot be read is measured anew",
+    "kit.mteb_runs": "read_text: what cannot be read is measured anew",
     "kit.command": "read_text: the recipes' own code",
     "mining": "open: the rows that were written a moment before",
     "vector_files": "np.load, read_text: what cannot be read is made anew",

@@ -4,6 +4,7 @@ import logging
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,8 +30,9 @@ from hf_embed.data.collator import RaggedCollator
 from hf_embed.data.scores import row_scores, score_columns
 from hf_embed.data.source_files import read_sources
 from hf_embed.data.tokenization import RowTokenizer, tokenize_table
+from hf_embed.data.vector_file import VectorFile
 from hf_embed.resume import facts_of
-from hf_embed.teacher import OPTIONS, Teacher, VectorFile, number_texts
+from hf_embed.teacher import OPTIONS, load_teacher, number_texts, vectors_of, with_teacher
 from hf_embed.vector_files import identity_of
 from hf_embed.work_files import work_folder
 
@@ -408,34 +410,33 @@ def test_texts_are_numbered_once():
     assert texts == ["query: a", "b", "query: b", "a", "c"] and numbers == [[[0, 1], [2, 3, 4]]]
 
 
-def test_the_vectors_of_a_file_are_those_of_the_teacher(tmp_path, caplog):
+def test_the_vectors_of_a_file_are_those_of_the_teacher(tmp_path, monkeypatch, caplog):
     """Queries and documents get the teacher's prompts, and its default prompt is left out. The second call reads the file."""
     model = tiny_encoder(seed=5, prompts={"query": "the query is ", "document": ""}, default_prompt_name="query")
     model.save_pretrained(tmp_path)
     tables = tables_of_texts([["cat", "dog"], ["dog", "rain"]])
-    made = Teacher(str(tmp_path), torch.device("cpu"), 8)
-    (table,), found = made.add_to(tables, [("teacher",)])
+    args = SimpleNamespace(teacher=str(tmp_path), device=torch.device("cpu"))
+    (table,), found = with_teacher(tables, [SimCSE(guide_margin=0.0)], args, 8)
     batch = RaggedCollator([2], vectors=found).further(table.__getitems__([0, 1]), 2)
     expected = [["the query is cat", "dog"], ["the query is dog", "rain"]]
     model.default_prompt_name = None
     for row, texts in zip(batch["teacher"], expected):
         assert row.numpy() == pytest.approx(model.encode(texts, normalize=True), abs=1e-6)
 
-    again = Teacher(str(tmp_path), torch.device("cpu"), 8)
-    again.encoder.encode = None  # it would fail
+    monkeypatch.setattr(hf_embed.teacher, "write_vectors", None)  # it would fail
     with caplog.at_level(logging.INFO):
-        _, once_more = again.add_to(tables, [("teacher",)])
+        _, once_more = with_teacher(tables, [SimCSE(guide_margin=0.0)], args, 8)
     assert np.array_equal(once_more["teacher"][[0, 1]], found["teacher"][[0, 1]])
 
 
 def test_two_runs_beside_each_other_share_the_vectors(tmp_path, monkeypatch):
     """A run waits while another process holds the lock of the same vectors, as when several seeds are started at once."""
     tiny_encoder(seed=5).save_pretrained(tmp_path / "model")
-    made = Teacher(str(tmp_path / "model"), torch.device("cpu"), 8)
+    teacher = load_teacher(str(tmp_path / "model"), torch.device("cpu"))
     monkeypatch.setattr(hf_embed.teacher, "cache_folder", lambda: tmp_path)
     monkeypatch.setattr(hf_embed.teacher, "WAIT", 0.1)
     texts = ["a cat", "a dog"]
-    work = work_folder(tmp_path / "teachers" / f"{identity_of(made.encoder, texts, OPTIONS, '')}.npy")
+    work = work_folder(tmp_path / "teachers" / f"{identity_of(teacher, texts, OPTIONS, '')}.npy")
     hold = (
         "import sys, time; from pathlib import Path; from hf_embed.safe_files import lock_folder; folder = Path(sys.argv[1]); "
     )
@@ -443,7 +444,7 @@ def test_two_runs_beside_each_other_share_the_vectors(tmp_path, monkeypatch):
     other = subprocess.Popen([sys.executable, "-c", hold, str(work), "2"], stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "held\n"
     start = time.perf_counter()
-    file = made.vectors_of(texts)
+    file = vectors_of(teacher, texts)
     assert time.perf_counter() - start > 1 and other.wait() == 0
     assert np.load(file).shape == (2, 32)
 

@@ -1,4 +1,4 @@
-"""The tensors that a checkpoint stores beside the plain model. Their names are the same, whichever module is trained."""
+"""The tensors that a checkpoint stores beside the plain model."""
 
 import pytest
 import torch
@@ -10,16 +10,12 @@ from torch import nn
 from hf_embed import Encoder, apply_tempscale
 from hf_embed.checkpoint.training_state import TRAINING_TENSORS, load_training_state, save_training_tensors
 from hf_embed.pooling import Dense
+from hf_embed.step import TrainingStep
 
 
-class Step(nn.Module):
-    """A module to train: an encoder, and the parts that exist only during the training."""
-
-    def __init__(self, encoder: Encoder):
-        super().__init__()
-        self.encoder = encoder
-        self.train_head = nn.Sequential(nn.Linear(32, 32), nn.Tanh())
-        self.log_temperature = nn.Parameter(torch.randn(1))
+def step_of(encoder: Encoder) -> TrainingStep:
+    """Return a module to train: the encoder, and parts that exist only during the training."""
+    return TrainingStep(encoder, nn.Sequential(nn.Linear(32, 32), nn.Tanh()), temperature=torch.rand(1).item())
 
 
 def encoder_of(kind: str, seed: int = 0) -> Encoder:
@@ -37,53 +33,39 @@ def encoder_of(kind: str, seed: int = 0) -> Encoder:
 
 
 def expected_names(kind: str) -> set[str]:
-    """Return the names in the file, which are the same in every version of hf_embed."""
+    """Return the names in the file."""
     names = {"train_head.0.weight", "train_head.0.bias", "log_temperature"}
     if kind == "lora":
-        layers = [f"backbone.base_model.model.encoder.layer.{i}.attention.self.query.lora_" for i in range(3)]
+        layers = [f"encoder.backbone.base_model.model.encoder.layer.{i}.attention.self.query.lora_" for i in range(3)]
         return names | {f"{layer}{part}.default.weight" for layer in layers for part in "AB"}
-    names |= {"dense.0.linear.weight", "dense.0.linear.bias"}
+    names |= {"encoder.dense.0.linear.weight", "encoder.dense.0.linear.bias"}
     if kind == "tempscale":
-        queries = [f"backbone.encoder.layer.{i}.attention.self.query." for i in range(3)]
+        queries = [f"encoder.backbone.encoder.layer.{i}.attention.self.query." for i in range(3)]
         names |= {query + part for query in queries for part in ("weight", "bias")}
     return names
 
 
 @pytest.mark.parametrize("kind", ["plain", "lora", "tempscale"])
 def test_there_and_back(tmp_path, kind):
-    saved, other = Step(encoder_of(kind)), Step(encoder_of(kind, seed=1))
+    saved, other = step_of(encoder_of(kind)), step_of(encoder_of(kind, seed=1))
     saved.encoder.save_pretrained(tmp_path, verify=False)
-    save_training_tensors(tmp_path, saved, saved.encoder, saved.state_dict())
+    save_training_tensors(tmp_path, saved, saved.state_dict())
     assert load_file(tmp_path / TRAINING_TENSORS).keys() == expected_names(kind)
     state = saved.state_dict()
     assert not all(torch.equal(tensor, state[name]) for name, tensor in other.state_dict().items())  # control
-    load_training_state(tmp_path, other, other.encoder)
+    load_training_state(tmp_path, other)
     for name, tensor in other.state_dict().items():
         assert torch.equal(tensor, state[name]), name
 
 
-def test_the_names_are_those_of_an_encoder_that_is_trained_by_itself(tmp_path):
-    """Up to version 0.1, the encoder itself had the head and was the trained module."""
-    step = Step(encoder_of("plain"))
-    step.encoder.save_pretrained(tmp_path, verify=False)
-    save_training_tensors(tmp_path, step, step.encoder, step.state_dict())
-    encoder = encoder_of("plain", seed=1)
-    encoder.train_head = nn.Sequential(nn.Linear(32, 32), nn.Tanh())
-    encoder.log_temperature = nn.Parameter(torch.zeros(1))
-    load_training_state(tmp_path, encoder, encoder)
-    for name, tensor in encoder.state_dict().items():
-        other = step.state_dict()[f"encoder.{name}" if name.startswith(("backbone.", "dense.")) else name]
-        assert torch.equal(tensor, other), name
-
-
 def test_nothing_more_than_the_plain_checkpoint_makes_no_file(tmp_path):
-    encoder = tiny_encoder()
-    save_training_tensors(tmp_path, encoder, encoder, encoder.state_dict())
+    step = TrainingStep(tiny_encoder())
+    save_training_tensors(tmp_path, step, step.state_dict())
     assert not list(tmp_path.iterdir())
 
 
 def test_no_checkpoint_and_one_of_another_model(tmp_path):
-    encoder = tiny_encoder()
-    assert "there is no checkpoint (config.json does not exist)" in error_of(load_training_state, tmp_path, encoder, encoder)
+    step = TrainingStep(tiny_encoder())
+    assert "there is no checkpoint (config.json does not exist)" in error_of(load_training_state, tmp_path, step)
     tiny_encoder("distilbert").save_pretrained(tmp_path, verify=False)
-    assert "the checkpoint belongs to another model" in error_of(load_training_state, tmp_path, encoder, encoder)
+    assert "the checkpoint belongs to another model" in error_of(load_training_state, tmp_path, step)

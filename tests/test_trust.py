@@ -5,7 +5,6 @@ import json
 import pickle
 import re
 import runpy
-import shutil
 from functools import cache
 from pathlib import Path
 
@@ -13,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import error_of, tiny_encoder
-from fixtures.make import FIXTURES, OTHER_SEED, make_trainer
+from conftest import error_of, small_tokenizer, tiny_encoder, tiny_model
+from datasets import Dataset
 from test_recipes import load_recipe
+from test_trainer import arguments
 
-from hf_embed import Encoder
+from hf_embed import ContrastiveTrainer, Encoder
+from hf_embed.checkpoint import whole
 from hf_embed.data.source_files import read_sources
 from hf_embed.data.yaml_files import UniqueKeys, read_yaml
 from hf_embed.pooling import Dense
@@ -93,14 +94,22 @@ def test_weights_that_are_pickles_run_nothing(tmp_path, place):
     assert not ran.exists()
 
 
+def make_trainer(folder: Path, steps: int) -> ContrastiveTrainer:
+    rows = Dataset.from_list([{"text": f"text {number}"} for number in range(8)])
+    args = arguments(folder, max_steps=steps, save_strategy="steps", save_steps=2)
+    return ContrastiveTrainer(model=tiny_model(), processing_class=small_tokenizer(), args=args, train_dataset=rows)
+
+
 @pytest.mark.parametrize("part", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"])
 def test_a_checkpoint_that_holds_pickles_runs_nothing(tmp_path, part):
     """Files of a checkpoint are loaded as tensors and numbers only. training_args.bin is written but never read."""
-    name, ran = "unsup_simcse_mlm", tmp_path / "ran"
-    checkpoint = shutil.copytree(FIXTURES / name / "checkpoint-2", tmp_path / "checkpoint-2")
+    make_trainer(tmp_path / "out", 2).train()
+    checkpoint, ran = tmp_path / "out" / "checkpoint-2", tmp_path / "ran"
+    facts = whole.read_manifest(checkpoint)["run"]
     assert (checkpoint / part).is_file()
     plant(checkpoint / part, ran)
-    trainer = make_trainer(name, tmp_path / "resumed", OTHER_SEED)
+    whole.seal(checkpoint, facts)  # as an attacker would
+    trainer = make_trainer(tmp_path / "resumed", 5)
     if part == "training_args.bin":
         trainer.train(resume_from_checkpoint=str(checkpoint))
         assert trainer.state.global_step == 5

@@ -32,7 +32,7 @@ from hf_embed import (
     VectorDistillation,
 )
 from hf_embed.distributed import gather_objects, gather_rows, get_rank, get_world_size
-from hf_embed.teacher import Teacher
+from hf_embed.teacher import load_teacher, vectors_of
 
 WORDS = ["cat", "dog", "rain", "house", "river", "bread", "table", "music", "winter", "garden", "train", "letter"]
 ROWS = [
@@ -110,8 +110,8 @@ def vectors_of_a_teacher(folder: str) -> np.ndarray:
     """Let the ranks encode texts with a teacher into an empty cache, and return the vectors that this rank reads."""
     cache = Path(folder, f"cache-{get_world_size()}")
     hf_embed.teacher.cache_folder = lambda: cache
-    teacher = Teacher(os.path.join(folder, f"teacher-{get_world_size()}"), torch.device("cpu"), 8)
-    file = teacher.vectors_of([row["positive"] for row in ROWS[:12]])
+    teacher = load_teacher(os.path.join(folder, f"teacher-{get_world_size()}"), torch.device("cpu"))
+    file = vectors_of(teacher, [row["positive"] for row in ROWS[:12]])
     assert len(list(cache.rglob("*.npy"))) == 1
     return np.load(file)
 

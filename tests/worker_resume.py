@@ -21,7 +21,7 @@ import hf_embed.teacher
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, InputError, mine_hard_negatives
 from hf_embed.checkpoint import whole
 from hf_embed.distributed import gather_objects, get_rank, get_world_size
-from hf_embed.teacher import Teacher
+from hf_embed.teacher import vectors_of
 
 
 def make_trainer(
@@ -83,9 +83,7 @@ def main(folder: Path) -> None:
         "other corpus": refusal_of(
             mine_hard_negatives, Dataset.from_list(ROWS), mixed.encoder, texts, folder / "mined.jsonl", num_negatives=1
         ),
-        "other teacher": refusal_of(
-            Teacher(str(folder / "one" / "checkpoint-3"), torch.device("cpu"), 8).vectors_of, texts
-        ),
+        "other teacher": refusal_of(vectors_of, mixed.encoder, texts),
         "no checkpoint": refusal_of(make_trainer(folder / "other").train, str(folder / "nowhere")),
     }  # fmt: skip
     if get_rank() == 0:

@@ -37,11 +37,11 @@ from hf_embed.checkpoint.tables import (
     results_section,
     slug,
     sweep_table,
+    task_lines,
     training_rows,
 )
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
-from hf_embed.evaluation.mteb import task_lines
 from hf_embed.objectives import OBJECTIVES
 from hf_embed.pooling import POOLINGS, Dense, find_pooling, saved_pooling
 from hf_embed.read_files import first_line, read_json, read_text
@@ -158,18 +158,17 @@ def is_generated(text: str) -> bool:
 def with_repository(text: str, repository: str, title: str | None = None) -> str:
     """Return a generated card as it is uploaded to `repository`, OWNER/NAME. An edited card is returned unchanged.
 
-    The snippets load the repository. If `title` is given, and the card has this title or the default title of earlier versions,
-    then the name of the repository replaces it.
+    The snippets load the repository. If the card has the given `title`, the name of the repository replaces it.
     """
     if not is_generated(text):
         return text
     body = text.rpartition(MARK.partition("{")[0])[0]
     body = body.replace(FOLDER_NOTE, "").replace(json.dumps(FOLDER), json.dumps(repository))
     name = repository.rpartition("/")[2]
-    for heading in [f"\n# {plain(default)}\n" for default in (title, TITLE)] if title else []:
-        if heading in body:
-            body = body.replace(heading, f"\n# {plain(name)}\n", 1)
-            return with_mark(MODEL_NAME.sub(lambda match: (match[1] or match[2]) + json.dumps(name), body, count=1))
+    heading = f"\n# {plain(title or '')}\n"
+    if title and heading in body:
+        body = body.replace(heading, f"\n# {plain(name)}\n", 1)
+        body = MODEL_NAME.sub(lambda match: (match[1] or match[2]) + json.dumps(name), body, count=1)
     return with_mark(body)
 
 

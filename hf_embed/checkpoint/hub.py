@@ -25,6 +25,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.utils import validate_repo_id
 from transformers import TrainingArguments
 from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
@@ -54,8 +55,6 @@ FILES = frozenset({
 MODULE = re.compile(r"\d+_[A-Z]\w*")  # 1_Pooling, 2_Dense
 MODULE_FILES = ("config.json", "model.safetensors")
 ONNX = ("model.onnx", "model.onnx_data", "model_quantized.onnx", "model_quantized.onnx_data")  # in the folder onnx
-# Trainer's own settings, as a pickle. They are useful only here, and loading a pickle from elsewhere is not safe.
-TRAINING_ARGS = "training_args.bin"
 TRIES = 5
 FIRST_WAIT = 1.0  # seconds before the second try; each later wait is twice as long
 Result = TypeVar("Result")
@@ -284,7 +283,8 @@ def all_files(folder: Path) -> list[Path]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         links += sum(Path(parent, name).is_symlink() for name in [*folders, *files])
         files = [name for name in sorted(files) if not name.startswith(".") or name == ".metadata"]  # FSDP needs .metadata
-        paths = [Path(parent, name) for name in files if name != TRAINING_ARGS]
+        # Trainer's own settings are a pickle. They are useful only here, and loading a pickle from elsewhere is not safe.
+        paths = [Path(parent, name) for name in files if name != TRAINING_ARGS_NAME]
         found += [path for path in paths if path.is_file() and not path.is_symlink()]
     if links:
         logger.warning(f"{folder}: {links} links are not uploaded")
@@ -307,7 +307,7 @@ def with_retries(upload: Callable[[], Result], repo: str, command: str) -> Resul
         try:
             return upload()
         except (LocalTokenNotFoundError, OfflineModeIsEnabled) as error:
-            raise InputError(f"push to {repo}: {' '.join(str(error).split())}") from error
+            raise InputError(f"push to {repo}: {error}") from error
         except Exception as error:  # for large files, the client wraps it in other errors
             why = reason(error)
             if why is None:

@@ -11,14 +11,10 @@ transformers.js and sentence-transformers look for these names. The inputs are t
 Shapes: B texts of T tokens, padded on the right; `width` numbers per hidden state; D numbers per vector.
 """
 
-import contextlib
 import importlib.util
 import inspect
-import io
-import logging
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -189,7 +185,7 @@ def write_graph(encoder: Encoder, path: Path) -> None:
     shapes = (shape,) * len(inputs)
     states = "last_hidden_state" if POOLINGS[encoder.pooling].layers is None else "token_embeddings"
     size = sum(tensor.nbytes for tensor in encoder.state_dict().values())
-    with silent(), torch.no_grad():
+    with quiet(), torch.no_grad():
         try:
             graph = torch.export.export(Graph(encoder).eval(), tuple(inputs.values()), dynamic_shapes=shapes)
             program = torch.onnx.export(
@@ -218,19 +214,6 @@ def not_exported(encoder: Encoder, reason: str) -> InputError:
         f"{type(encoder.base).__name__} (pooling {encoder.pooling}) cannot be exported to ONNX with PyTorch "
         f"{torch.__version__} ({reason}); use it with PyTorch, or train another architecture"
     )
-
-
-@contextlib.contextmanager
-def silent() -> Iterator[None]:
-    """Hide what the tracer, the converter and the quantization print. Their errors are raised, and the result is checked."""
-    disabled, printed = logging.root.manager.disable, io.StringIO()
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
 
 
 # ---- files ----
@@ -275,7 +258,7 @@ def write_int8(encoder: Encoder, path: Path, int8_path: Path) -> float:
     """Write the graph `path` again with int8 weights, and return the smallest cosine with the encoder's vectors."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    with silent():  # a scale for each channel is far more exact; 7 bits do not overflow on processors without VNNI
+    with quiet():  # a scale for each channel is far more exact; 7 bits do not overflow on processors without VNNI
         quantize_dynamic(path, int8_path, weight_type=QuantType.QInt8, per_channel=True, reduce_range=True)
     return compare(encoder, through_onnx(encoder, int8_path))[1]
 

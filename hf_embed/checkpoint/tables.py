@@ -101,6 +101,12 @@ def swept_columns(sweep: dict[str, Any]) -> list[str]:
     return names if len(names) > 2 else names[:1]
 
 
+def task_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """Return a line for each task and split of MTEB, from the rows of `hf_embed.kit.mteb_runs.run_mteb`."""
+    width = max((len(row["task"]) for row in rows), default=0)
+    return [f"{row['task']:{width}}  {row['split']:>10}  {row['score']:>6.2f}  {row['metric']}" for row in rows]
+
+
 def labeled(scores: Scores) -> dict[str, float]:
     """Return the scores of a model under the labels that tables show."""
     found = {f"STS {name} (Spearman x 100)": score for name, score in scores.get("sts", {}).items()}
@@ -168,11 +174,8 @@ def shown_objective(objective: dict[str, Any]) -> str:
 
 
 def inner_name(objective: dict[str, Any]) -> str:
-    """Return the name of the objective inside another one, such as Matryoshka, or "" if there is none.
-
-    Results of versions before 0.1.0 do not have the name, because the recipes had only one such objective.
-    """
-    return objective["objective"].get("name", "ImprovedContrastive") if objective.get("objective") else ""
+    """Return the name of the objective inside another one, such as Matryoshka, or "" if there is none."""
+    return objective["objective"]["name"] if objective.get("objective") else ""
 
 
 def markdown_table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:

@@ -1,8 +1,8 @@
 """The part of a checkpoint that resuming needs and `AutoModel` does not: tensors beyond the plain model.
 
-They are in training.safetensors. Their names are those of the encoder (`backbone.…`, `dense.…`) and those of modules that exist
-only during training (`train_head.…`, `mlm_head.…`, `log_temperature`). In the trained module, the names of the encoder may have
-the prefix `encoder.`.
+They are in training.safetensors, under their names in the trained module: those of the modules that exist only during training
+(`train_head.…`, `mlm_head.…`, `log_temperature`), the dense layers (`encoder.dense.…`), and those tensors of the backbone that
+the plain checkpoint changes or lacks.
 """
 
 from collections.abc import Mapping
@@ -15,56 +15,46 @@ from transformers import PreTrainedModel
 
 from hf_embed.adapters import has_adapters
 from hf_embed.checkpoint.files import read_weights
-from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError, in_short
 from hf_embed.read_files import read_tensors
+from hf_embed.step import TrainingStep
 from hf_embed.tempscale import applied_tempscale
 from hf_embed.tempscale.fold import folded
 
 TRAINING_TENSORS = "training.safetensors"
-ENCODER = "encoder."  # prefix of the encoder's names in the trained module
+BACKBONE = "encoder.backbone."  # prefix of the backbone's names in the trained module
 
 
-def with_file_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors of the trained module under their names in the files."""
-    return {name.removeprefix(ENCODER): tensor for name, tensor in tensors.items()}
+def save_training_tensors(folder: str | Path, step: TrainingStep, state_dict: Mapping[str, Tensor]) -> None:
+    """Write the tensors of `step` that the plain checkpoint in `folder` does not hold, if there are any.
 
-
-def save_training_tensors(folder: str | Path, trained: nn.Module, encoder: Encoder, state_dict: Mapping[str, Tensor]) -> None:
-    """Write the tensors of the trained module that the plain checkpoint in `folder` does not hold, if there are any.
-
-    Args:
-        folder: the checkpoint folder, which holds the plain checkpoint.
-        trained: the trained module, which contains `encoder`.
-        encoder: the encoder.
-        state_dict: the tensors of `trained` (FSDP gathers them), under its own names or their names in the files.
+    `state_dict` has the tensors of `step`, which FSDP gathers.
     """
-    names = training_names(trained, encoder)
+    changed = changed_names(step)
     kept = {
         # Copy each tensor, because safetensors refuses tensors that share memory.
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, tensor in with_file_names(state_dict).items()
-        if not name.startswith("backbone.") or name in names
+        for name, tensor in state_dict.items()
+        if not name.startswith(BACKBONE) or name in changed
     }
     if kept:
         save_file(kept, Path(folder, TRAINING_TENSORS))
 
 
-def training_names(trained: nn.Module, encoder: Encoder) -> set[str]:
+def changed_names(step: TrainingStep) -> set[str]:
     """Return the names of the backbone's tensors that the plain checkpoint changes or lacks.
 
     With adapters, these are all trained tensors, because the plain checkpoint holds the merged weights. With TempScale, these
     are the weights that it is folded into.
     """
-    if has_adapters(encoder.backbone):
-        return set(with_file_names({name: tensor for name, tensor in trained.named_parameters() if tensor.requires_grad}))
-    if applied_tempscale(encoder.backbone):
-        return {f"backbone.{name}" for name in folded(encoder.backbone)[0]}
-    return set()
+    backbone = step.encoder.backbone
+    if has_adapters(backbone):
+        return {name for name, tensor in step.named_parameters() if tensor.requires_grad}
+    return {BACKBONE + name for name in folded(backbone)[0]} if applied_tempscale(backbone) else set()
 
 
-def load_training_state(folder: str | Path, trained: nn.Module, encoder: Encoder) -> None:
-    """Load a checkpoint's tensors into the trained module, which contains `encoder`.
+def load_training_state(folder: str | Path, step: TrainingStep) -> None:
+    """Load a checkpoint's tensors into `step`.
 
     Raises:
         InputError: if there is no checkpoint, if it belongs to another model, or if a file is missing or cannot be read.
@@ -72,19 +62,18 @@ def load_training_state(folder: str | Path, trained: nn.Module, encoder: Encoder
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: there is no checkpoint (config.json does not exist); give a checkpoint-N folder")
-    adapted, file = has_adapters(encoder.backbone), folder / TRAINING_TENSORS
+    adapted, file = has_adapters(step.encoder.backbone), folder / TRAINING_TENSORS
     if not adapted:
-        load_backbone(folder, encoder.backbone)
+        load_backbone(folder, step.encoder.backbone)
     if not file.is_file():
         if adapted:
             raise InputError(f"{folder} has no {TRAINING_TENSORS}, so no adapters; give a checkpoint of a run with adapters")
         return
-    names = {name.removeprefix(ENCODER): name for name in trained.state_dict()}
-    tensors = read_tensors(file)
-    expected = {name for name in names if not name.startswith("backbone.")} | training_names(trained, encoder)
-    if other := sorted((set(tensors) - set(names)) | (expected - set(tensors))):
+    names, tensors = set(step.state_dict()), read_tensors(file)
+    expected = {name for name in names if not name.startswith(BACKBONE)} | changed_names(step)
+    if other := sorted((set(tensors) - names) | (expected - set(tensors))):
         raise InputError(f"{file}: the checkpoint belongs to another model ({other[:3]} ...)")
-    put({names[name]: tensor for name, tensor in tensors.items()}, trained, file)
+    put(tensors, step, file)
 
 
 def load_backbone(folder: Path, backbone: PreTrainedModel) -> None:

@@ -4,7 +4,10 @@ import contextlib
 import copy
 import gc
 import importlib.util
+import io
+import logging
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 
 import torch
@@ -12,7 +15,6 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
-from transformers.utils import logging as transformers_logging
 
 from hf_embed.adapters import has_adapters, in_4_bits, merged_shape
 from hf_embed.checkpoint.load import own_config
@@ -248,13 +250,12 @@ def verify_tokenizer(encoder: Encoder, loaded: PreTrainedTokenizerBase) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence transformers temporarily, so that loading for a check prints nothing."""
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    """Hide what libraries print inside a `with` block. Their errors are raised, and the result is checked."""
+    disabled, printed = logging.root.manager.disable, io.StringIO()
+    logging.disable(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings(), contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            warnings.simplefilter("ignore")
+            yield
     finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
+        logging.disable(disabled)

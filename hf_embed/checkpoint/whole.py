@@ -2,23 +2,21 @@
 
 A checkpoint is written under a temporary name, sealed with manifest.json (`seal`), flushed to the disk and renamed to
 checkpoint-N. The manifest holds the size and hash of each file that a resumed run reads, and describes the run that the
-checkpoint belongs to (`hf_embed.resume`). A hash of its own protects the manifest. Checkpoints of earlier versions have no
-manifest. Their files are checked by what their formats record: a checksum in torch files, and lengths in safetensors files.
+checkpoint belongs to (`hf_embed.resume`). A hash of its own protects the manifest.
 """
 
 import json
 import logging
 import re
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import xxhash
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_embed.errors import InputError, in_short
-from hf_embed.read_files import read_json, tensor_dtypes
+from hf_embed.errors import InputError
+from hf_embed.read_files import read_json
 from hf_embed.safe_files import SAVING, hash_of, remove_folder
 
 logger = logging.getLogger(__name__)
@@ -28,10 +26,9 @@ VERSION = 1  # format version of the manifest
 CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 ASIDE = f"{SAVING}{PREFIX_CHECKPOINT_DIR}-"  # prefix of a checkpoint that is being written
 # Files that are not in the manifest: no resumed run reads them, and users edit them or a push leaves them out.
-LEFT_OUT = {MANIFEST, "README.md", "training_args.bin"}
+LEFT_OUT = {MANIFEST, "README.md", TRAINING_ARGS_NAME}
 # Files that a resumed run would read, even if the manifest does not list them.
 READ = re.compile(r"(model|pytorch_model|training\.safetensors|optimizer|scheduler|scaler|rng_state)[._-]?.*")
-TORCH_FILES = (".pt", ".pth", ".bin")
 
 
 # ---- writing ----
@@ -136,22 +133,21 @@ def damage(folder: Path) -> str | None:
     if not (folder / TRAINER_STATE_NAME).is_file():
         return f"{TRAINER_STATE_NAME} does not exist"
     try:
-        manifest = read_manifest(folder)
-        return damage_by_itself(folder) if manifest is None else damage_by_manifest(folder, manifest["files"])
+        return difference(folder, read_manifest(folder)["files"])
     except InputError as error:
         return str(error)
     except OSError as error:
         return f"{Path(str(error.filename or '')).name} cannot be read: {error.strerror or error}"
 
 
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """Return the manifest of a checkpoint, or None if an earlier version without manifests wrote the checkpoint.
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a checkpoint.
 
     Raises:
-        InputError: if the manifest was changed after it was written, or has another format version.
+        InputError: if there is none, or if it was changed after it was written, or has another format version.
     """
     if not (folder / MANIFEST).is_file():
-        return None
+        raise InputError(f"{MANIFEST} does not exist")
     try:
         manifest = read_json(folder / MANIFEST, with_nan=True)
     except InputError as error:
@@ -163,7 +159,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return manifest
 
 
-def damage_by_manifest(folder: Path, files: dict[str, dict[str, Any]]) -> str | None:
+def difference(folder: Path, files: dict[str, dict[str, Any]]) -> str | None:
     """Return how the files of a checkpoint differ from its manifest, or None. Sizes are compared first, which is fast."""
     for name, file in files.items():
         if not (folder / name).is_file():
@@ -175,24 +171,4 @@ def damage_by_manifest(folder: Path, files: dict[str, dict[str, Any]]) -> str | 
     for name, file in files.items():
         if hash_of(folder / name) != file["xxh3_128"]:
             return f"{name} has changed since it was written"
-    return None
-
-
-def damage_by_itself(folder: Path) -> str | None:
-    """Return which file of a checkpoint without a manifest is incomplete, or None if the file formats show no damage."""
-    for name in names_in(folder):
-        path = folder / name
-        try:
-            if name.endswith(".json"):
-                read_json(path, (dict, list), with_nan=True)
-            elif name.endswith(".safetensors"):
-                tensor_dtypes(path)
-            elif name.endswith(TORCH_FILES) and "/" not in name:
-                with zipfile.ZipFile(path) as archive:
-                    if archive.testzip():
-                        return f"{name} has changed since it was written"
-        except (ValueError, zipfile.BadZipFile, NotImplementedError) as error:
-            return f"{name} cannot be read: {in_short(error)}"
-    if not isinstance(read_json(folder / TRAINER_STATE_NAME, with_nan=True).get("global_step"), int):
-        return f"{TRAINER_STATE_NAME} has no global_step"
     return None

@@ -25,7 +25,7 @@ from datasets import Dataset, Features, is_caching_enabled
 from datasets.arrow_writer import ArrowWriter
 from datasets.fingerprint import Hasher, generate_random_fingerprint
 
-from hf_embed.disk import ASIDE, check_folder, disk_errors
+from hf_embed.disk import SAVING, check_folder, disk_errors
 from hf_embed.library_internals import fingerprint_of, set_fingerprint
 from hf_embed.progress import table_bars
 from hf_embed.safe_files import hash_of, is_sealed, put, remove_folder, seal, seal_of
@@ -99,7 +99,7 @@ def stored(folder: Path, prefix: str, identity: str | None, write: Callable[[Pat
         with disk_errors(path):
             folder.mkdir(parents=True, exist_ok=True)
             remove_old(folder)
-            with TemporaryDirectory(prefix=ASIDE, dir=folder) as new:  # if `map` fails, it leaves files behind
+            with TemporaryDirectory(prefix=SAVING, dir=folder) as new:  # if `map` fails, it leaves files behind
                 made = Path(new, "rows.arrow")
                 write(made)
                 identity = identity or hash_of(made)
@@ -158,7 +158,7 @@ def found(path: Path) -> bool:
 
 def remove_old(folder: Path) -> None:
     """Remove incomplete files that killed processes left in a cache. Keep recent files: other processes may be writing them."""
-    for path in folder.glob(f"{ASIDE}*"):
+    for path in folder.glob(f"{SAVING}*"):
         with contextlib.suppress(OSError):
             if time.time() - max(part.stat().st_mtime for part in [path, *path.glob("*")]) > OLD:
                 remove_folder(path) if path.is_dir() else path.unlink()

@@ -4,26 +4,13 @@ The collator does not pad. Each chunk of the batch is padded later, when the who
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from hf_embed.data.vector_file import VectorFile
 from hf_embed.distributed import gather_rows
-
-
-class VectorRows(Protocol):
-    """Vectors (texts, E) that can be looked up by their row numbers."""
-
-    @property
-    def identity(self) -> str:
-        """A hash of everything that the vectors depend on."""
-        ...
-
-    def __getitem__(self, numbers: list[int]) -> np.ndarray:
-        """Return the vectors with these numbers, (len(numbers), E), as a new float32 array."""
-        ...
 
 
 class RaggedCollator:
@@ -61,7 +48,7 @@ class RaggedCollator:
         vectors: files of a teacher's vectors by argument name. The column `vectors` of a row holds the numbers of its texts.
     """
 
-    def __init__(self, views: list[int], once: bool = False, vectors: Mapping[str, VectorRows] | None = None):
+    def __init__(self, views: list[int], once: bool = False, vectors: Mapping[str, VectorFile] | None = None):
         self.views, self.once, self.vectors = views, once, vectors or {}
 
     def __call__(self, rows: list[dict]) -> dict[str, Any]:
@@ -130,14 +117,14 @@ def used_columns(ids: Tensor) -> Tensor:
     return ids[:, : int((ids != 0).any(0).sum())]
 
 
-def to_rows(embeddings: Tensor, slots: Tensor, shape: tuple[int, int], twice: bool = False) -> Tensor:
+def to_rows(embeddings: Tensor, slots: Tensor, shape: tuple[int, int]) -> Tensor:
     """Put embeddings (texts, D) into their slots of a tensor (B, V, D), in float32 or more precise. Missing texts become zeros.
 
-    With `twice`, each embedding becomes both views of its row: the model ran once, with one dropout mask.
+    If each text has two slots, its embedding becomes both views of its row: the model ran once, with one dropout mask.
     """
     if embeddings.dtype in (torch.float16, torch.bfloat16):
         embeddings = embeddings.float()
-    if twice:
+    if len(slots) > len(embeddings):
         embeddings = embeddings.repeat_interleave(2, 0)
     rows, views = shape
     empty = embeddings.new_zeros(rows * views, embeddings.shape[1])

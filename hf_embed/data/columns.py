@@ -19,7 +19,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset, Value
 
 from hf_embed.data.files import NEGATIVE, SEPARATOR_NAMES, other_separator, shortened
-from hf_embed.errors import InputError
+from hf_embed.errors import InputError, errors_of
 from hf_embed.ranges import is_one_of
 
 logger = logging.getLogger(__name__)
@@ -364,10 +364,8 @@ def named_columns(rows: Dataset, given: list[str], name: str) -> Dataset:
 
     `name` is the name of the rows in messages.
     """
-    try:
+    with errors_of(name):
         return take_columns(rows, read_columns(given)) if given else rows
-    except InputError as error:
-        raise InputError(f"{name}: {error}") from error
 
 
 def new_names(columns: dict) -> dict[str, str]:

@@ -35,7 +35,7 @@ from hf_embed.data.tokenization import (
     truncated_share,
     warn_of_truncation,
 )
-from hf_embed.errors import InputError, RankError
+from hf_embed.errors import InputError, RankError, errors_of
 from hf_embed.objectives.base import Objective, as_objective
 from hf_embed.progress import hidden_bars, progress_bar, table_bars
 from hf_embed.ranges import COUNT, POSITIVE, Range, out_of_range
@@ -100,10 +100,8 @@ class Source:
             raise InputError(f"{self.label}: objective is {self.objective!r}; give an instance, for example CoSENT()")
         self.rows = as_rows(self.rows, self.label)
         if columns is not None:
-            try:
+            with errors_of(self.label):
                 self.rows = take_columns(self.rows, columns)
-            except InputError as error:
-                raise InputError(f"{self.label}: {error}") from error
         if isinstance(self.rows, Dataset):
             self.size = len(self.rows)
         elif self.size is None:  # the number in `rows.info` stays the same after take() and filter()
@@ -316,10 +314,8 @@ def source_tokenizer(source: Source, encoder: "Encoder", reading: tuple[bool, bo
         )
     own = {"query": source.query_prompt, "document": source.document_prompt}
     query, document = (encoder.prompts.get(key, "") if prompt is None else prompt for key, prompt in own.items())
-    try:
+    with errors_of(source.label):
         return RowTokenizer(encoder.tokenizer, max_length, query, document, *reading)
-    except InputError as error:
-        raise InputError(f"{source.label}: {error}") from error
 
 
 def tokenize_source(

@@ -40,7 +40,7 @@ from hf_embed.data.files import ANY_NEGATIVES
 from hf_embed.data.mixture import Source, check_sources
 from hf_embed.data.sources import leave_out, read_file, read_hub
 from hf_embed.data.yaml_files import read_yaml
-from hf_embed.errors import InputError, masked
+from hf_embed.errors import InputError, errors_of, masked
 from hf_embed.objectives import OBJECTIVES, Objective
 from hf_embed.progress import hidden_bars, table_bars
 
@@ -88,10 +88,8 @@ def read_source(entry: dict, number: int, path: str) -> Source:
         )
     where = f"{path}, source '{name}'"
     check_entry(entry, where)
-    try:
+    with errors_of(where):
         rows, origin = read_entry(entry, Path(path).parent)
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error
     settings = {key: entry[key] for key in SETTINGS if key in entry}
     objective = read_objective(entry["objective"], where) if "objective" in entry else None
     return Source(name, rows, **settings, objective=objective, size=entry.get("rows"), origin=origin)

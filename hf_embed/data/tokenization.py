@@ -3,7 +3,7 @@
 import hashlib
 import logging
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import NamedTuple
@@ -18,6 +18,7 @@ from hf_embed.data.columns import text_columns, warn_of_judgements
 from hf_embed.data.labeled import check_label_names
 from hf_embed.data.scores import check_gaps, row_scores, score_columns
 from hf_embed.data.sources import kept_rows, refuse_lists
+from hf_embed.encoding import beginning, room_for_text
 from hf_embed.errors import InputError
 from hf_embed.progress import table_bars
 
@@ -30,44 +31,6 @@ TRUNCATION_WARNING = 0.05
 def text_id(tokens: list[int]) -> int:
     """Return a 64-bit hash of a text's token ids, never 0. Equal token ids have equal hashes on every rank."""
     return int.from_bytes(hashlib.blake2b(array("q", tokens), digest_size=8).digest(), "big", signed=True) or 1
-
-
-def beginning(text: str, max_length: int, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the part of a very long text that decides its first `max_length` tokens.
-
-    Tokenizing a megabyte of text takes seconds. No tokenizer looks ahead further than a word or two, and nearly all words have
-    a token. So the text after four words per token has no influence on the first tokens. The returned part ends between two
-    words, and has more than `max_length` tokens. The whole text is returned if there is no such part, for example because most
-    words are zero-width characters, which many tokenizers remove.
-    """
-    words = 4 * max_length
-    if len(text) < 10 * words or tokenizer.truncation_side == "left":
-        return text
-    parts = text.split(None, words)
-    if len(parts) <= words:
-        return text
-    part = text[: len(text) - len(parts[-1])]
-    tokens = tokenizer(part, truncation=True, max_length=max_length + 1)["input_ids"]
-    return part if len(tokens) > max_length else text
-
-
-def room_for_text(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[str], max_length: int) -> int:
-    """Return how many of `max_length` tokens the longest of these prompts leaves for the text, with its special tokens.
-
-    Raises:
-        InputError: if no room is left for a text, so that all texts would have the same vector.
-    """
-    lengths = {prompt: len(tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]) for prompt in prompts}
-    longest = max(lengths, key=lambda prompt: lengths[prompt])
-    left = max_length - lengths[longest]
-    if left <= tokenizer.num_special_tokens_to_add():
-        if not lengths[longest]:
-            raise InputError(f"max_length {max_length} leaves no room for a token of text; set it higher")
-        raise InputError(
-            f"the prompt {longest[:40]!r} has {lengths[longest]} tokens, so max_length {max_length} leaves no room for a text; "
-            "shorten the prompt, or increase max_length"
-        )
-    return left
 
 
 @dataclass

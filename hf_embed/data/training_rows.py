@@ -28,12 +28,12 @@ from hf_embed.data.sampling import GlobalBatchSampler, SourceBatchSampler, gener
 from hf_embed.data.tokenization import (
     RowTokenizer,
     most_texts,
-    room_for_text,
     tokenize_table,
     truncated_share,
     warn_of_truncation,
 )
 from hf_embed.distributed import get_rank
+from hf_embed.encoding import room_for_text
 from hf_embed.errors import InputError
 from hf_embed.objectives import Matryoshka, SimCSE
 from hf_embed.objectives.base import FunctionObjective, Objective, check_other_positives

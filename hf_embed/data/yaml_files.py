@@ -63,7 +63,7 @@ def read_yaml(path: str, name: str) -> Any:
     except TwiceError as error:
         raise InputError(f"{name}, {error}") from error
     except yaml.YAMLError as error:
-        raise InputError(f"{name}: not YAML: {' '.join(str(error).split())}") from error
+        raise InputError(f"{name}: not YAML: {error}") from error
     except RecursionError as error:
         raise InputError(f"{name}: not YAML: lists and mappings are nested in too many levels") from error
     except Exception as error:  # PyYAML does not catch the errors of invalid dates, numbers and tags

@@ -9,17 +9,11 @@ vector has no direction:
 Shapes: N texts, P pairs, Q rows of K cosines, vectors of dimension D.
 """
 
-from pathlib import Path
-from typing import Any
-
 import numpy as np
-
-from hf_embed.safe_files import writing
 
 # Cosines that differ by no more than this differ only by rounding errors, and cannot be ranked.
 ROUNDING = 1e-6
 DIGITS = 12  # of a cosine of unit vectors in float64
-MOST_LABELS = 12  # points of the picture that are labeled with their step
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
@@ -66,36 +60,3 @@ def uniformity(vectors: np.ndarray, block: int = 2048) -> float:
         potential = np.exp(-2 * (2 - 2 * rows @ vectors[start:].T))  # ||x - y||^2 = 2 - 2 x.y
         total += np.triu(potential, k=1).sum()
     return float(np.log(total / (n * (n - 1) / 2)))
-
-
-def plot_trajectory(history: list[dict[str, Any]], path: str | Path) -> None:
-    """Plot alignment against uniformity along a run, one point per evaluation, colored by the STS score.
-
-    `history` has the form of the Trainer's `log_history`.
-    """
-    from matplotlib.figure import Figure
-
-    points = [log for log in history if np.isfinite(log.get("eval_alignment", np.nan) + log.get("eval_uniformity", np.nan))]
-    if not points:
-        return
-    x = [point["eval_uniformity"] for point in points]
-    y = [point["eval_alignment"] for point in points]
-    figure = Figure(figsize=(6.4, 4.8), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(x, y, color="0.7", linewidth=1, zorder=1)
-    dots = axes.scatter(x, y, c=[point["eval_spearman"] for point in points], cmap="viridis", s=36, zorder=2)
-    axes.margins(0.12)  # room for the labels
-    middle = (min(x) + max(x)) / 2
-    every = -(-len(points) // MOST_LABELS)
-    for number, point in enumerate(points):
-        if number % every == 0 or point is points[-1]:
-            side = -1 if x[number] > middle else 1  # towards the middle, so that the label stays inside the frame
-            place: dict[str, Any] = {"xytext": (7 * side, 5), "ha": "right" if side < 0 else "left", "fontsize": 9}
-            label = f"step {point.get('step', 0)}"
-            axes.annotate(label, (x[number], y[number]), textcoords="offset points", **place)
-    axes.set_xlabel("uniformity: are all sentences spread out? (lower is better)")
-    axes.set_ylabel("alignment: are similar sentences close? (lower is better)")
-    axes.set_title("Alignment and uniformity after each evaluation")
-    figure.colorbar(dots, label="STS, Spearman x 100 (higher is better)")
-    with writing(path) as aside:
-        figure.savefig(aside, dpi=125)

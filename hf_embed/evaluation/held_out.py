@@ -18,9 +18,10 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
-from hf_embed.data.collator import RaggedCollator, VectorRows, to_rows, used_columns
+from hf_embed.data.collator import RaggedCollator, to_rows, used_columns
 from hf_embed.data.python_rows import RowData
 from hf_embed.data.tokenization import most_texts
+from hf_embed.data.vector_file import VectorFile
 from hf_embed.distributed import gather_objects, get_rank, get_world_size
 from hf_embed.evaluation.tasks import Embed, EvaluationTask, Task
 from hf_embed.objectives.base import Objective
@@ -54,7 +55,6 @@ class HeldOutLoss(HeldOut):
         model: an `Encoder`, or a module that contains one. It is called with token ids (S,) and lengths, and returns a dict
             with "embeddings" (N, D) of N texts, and with "temperature" if the temperature is learned.
         chunk_tokens: the number of padded tokens that go through the model at once.
-        sharded: whether all ranks must run the same number of chunks (FSDP, ZeRO-3).
         temperature: a learned temperature, used if the model does not return one.
         vectors: a teacher's vectors, for an objective that needs them; see `RaggedCollator`.
     """
@@ -64,9 +64,8 @@ class HeldOutLoss(HeldOut):
     batch_size: int
     model: nn.Module
     chunk_tokens: int | None = None
-    sharded: bool = False
     temperature: Tensor | None = None
-    vectors: Mapping[str, VectorRows] | None = None
+    vectors: Mapping[str, VectorFile] | None = None
 
     def score(self, embed: Embed) -> dict[str, float]:
         """Return the mean loss over all rows, the same on every rank.
@@ -87,8 +86,7 @@ class HeldOutLoss(HeldOut):
         # A rank without rows still embeds one row, because in a sharded model each call runs collectives.
         batch = collate(self.rows.__getitems__(list(own) or [numbers[0]]))
         device = next(self.model.parameters()).device
-        settings = {"chunk_tokens": self.chunk_tokens, "sharded": self.sharded}
-        outputs = self.model(batch["input_ids"].to(device), batch["lengths"], **settings)
+        outputs = self.model(batch["input_ids"].to(device), batch["lengths"], chunk_tokens=self.chunk_tokens)
         vectors = to_rows(outputs["embeddings"], batch["slots"].to(device), batch["text_ids"].shape)[: len(own)]
         needs = [name for name in ("other_ids", *self.objective.needs) if name in batch["further"]]
         own_parts = [batch["text_ids"], *(batch["further"][name] for name in needs)]
@@ -103,15 +101,13 @@ class HeldOutLoss(HeldOut):
         return self.objective(rows, text_ids, rows, text_ids, 0, **given).item()  # a plain function may lack defaults
 
 
-def with_model(
-    tasks: Mapping[str, Task], model: nn.Module, sharded: bool = False, temperature: Tensor | None = None
-) -> dict[str, Task]:
+def with_model(tasks: Mapping[str, Task], model: nn.Module, temperature: Tensor | None = None) -> dict[str, Task]:
     """Return the tasks, with `model` set as the model of the held-out rows.
 
-    The other arguments are those of `HeldOutLoss`.
+    `temperature` is as for `HeldOutLoss`.
     """
     return {
-        name: replace(task, model=model, sharded=sharded, temperature=temperature) if isinstance(task, HeldOutLoss) else task
+        name: replace(task, model=model, temperature=temperature) if isinstance(task, HeldOutLoss) else task
         for name, task in tasks.items()
     }
 

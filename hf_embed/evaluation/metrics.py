@@ -6,6 +6,7 @@ recipes/evaluate.py.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import datasets
 import evaluate
@@ -14,40 +15,40 @@ import numpy as np
 from hf_embed.evaluation.geometry import alignment, uniformity
 from hf_embed.evaluation.sts import spearman
 
-VECTORS = datasets.Features(
-    {"predictions": datasets.Sequence(datasets.Value("float32")), "references": datasets.Sequence(datasets.Value("float32"))}
-)  # fmt: skip
+NUMBER, VECTOR = datasets.Value("float64"), datasets.Sequence(datasets.Value("float32"))
 
 
-class SpearmanCosine(evaluate.Metric):
-    """Spearman x 100: `SpearmanCosine().compute(predictions=cosines, references=scores)` -> {"spearman": ...}."""
+class _Metric(evaluate.Metric):
+    """The base class of the metrics: `columns` are the arguments of `compute`."""
+
+    columns: dict[str, Any]
 
     def _info(self) -> evaluate.MetricInfo:
-        number = datasets.Value("float64")
-        features = datasets.Features({"predictions": number, "references": number})
-        return evaluate.MetricInfo(description=__doc__, citation="", features=features)
+        return evaluate.MetricInfo(description=__doc__, citation="", features=datasets.Features(self.columns))
+
+
+class SpearmanCosine(_Metric):
+    """Spearman x 100: `SpearmanCosine().compute(predictions=cosines, references=scores)` -> {"spearman": ...}."""
+
+    columns = {"predictions": NUMBER, "references": NUMBER}
 
     def _compute(self, predictions: Sequence, references: Sequence) -> dict[str, float]:
         return {"spearman": 100 * spearman(np.array(predictions), np.array(references))}
 
 
-class Alignment(evaluate.Metric):
+class Alignment(_Metric):
     """Alignment: `Alignment().compute(predictions=f_x, references=f_x_plus)` -> {"alignment": ...}."""
 
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(description=__doc__, citation="", features=VECTORS)
+    columns = {"predictions": VECTOR, "references": VECTOR}
 
     def _compute(self, predictions: Sequence, references: Sequence) -> dict[str, float]:
         return {"alignment": alignment(np.array(predictions), np.array(references))}
 
 
-class Uniformity(evaluate.Metric):
+class Uniformity(_Metric):
     """Uniformity: `Uniformity().compute(predictions=vectors)` -> {"uniformity": ...}."""
 
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=__doc__, citation="", features=datasets.Features({"predictions": VECTORS["predictions"]})
-        )
+    columns = {"predictions": VECTOR}
 
     def _compute(self, predictions: Sequence) -> dict[str, float]:
         return {"uniformity": uniformity(np.array(predictions))}

@@ -3,24 +3,20 @@
 Shapes: P pairs.
 """
 
-import logging
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from datasets import Dataset
 
-from hf_embed.data.columns import ALIKE
+from hf_embed.data.columns import ALIKE, plain
 from hf_embed.data.labeled import LABELS, check_label_names
-from hf_embed.data.sources import first_cells, plain_rows, read_file
+from hf_embed.data.sources import cell_text, first_cells, plain_rows, read_file
 from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import ordered
 from hf_embed.evaluation.ranking import average_precision, best_thresholds
-from hf_embed.evaluation.rows import as_list, cell_text, hub_rows, label_number, plain, text_lists
-from hf_embed.evaluation.tasks import NO_ORDER, Embed, EvaluationTask, embed_once, pair_cosines
-
-logger = logging.getLogger(__name__)
+from hf_embed.evaluation.rows import as_list, hub_rows, label_number, text_lists
+from hf_embed.evaluation.tasks import Embed, EvaluationTask, embed_once, pair_cosines, unranked
 
 # Names of columns, in the form that `plain` returns: those of labeled training pairs, and one more pair of names.
 PAIRS = [*ALIKE, ("sent1", "sent2")]
@@ -65,8 +61,7 @@ class PairClassification(EvaluationTask):
         vectors = embed_once([*self.sentences1, *self.sentences2], embed)
         cosines, labels = pair_cosines(self.sentences1, self.sentences2, vectors, vectors), np.array(self.labels)
         if not ordered(cosines[None]):
-            logger.warning(f"average precision is NaN for {len(cosines):,} pairs: {NO_ORDER}")
-            return dict.fromkeys(self.reported, math.nan)
+            return unranked(self.reported, f"average precision is NaN for {len(cosines):,} pairs")
         best = best_thresholds(cosines, labels)
         return {
             "pair_ap": 100 * average_precision(cosines, labels),

@@ -4,7 +4,6 @@ Shapes: C candidates of a query.
 """
 
 import logging
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -18,7 +17,7 @@ from hf_embed.evaluation.geometry import cosines_of, ordered
 from hf_embed.evaluation.judged import Judged, Rows, judged_candidates
 from hf_embed.evaluation.ranking import average_precision, ndcg, reciprocal_rank
 from hf_embed.evaluation.rows import as_list, read_rows
-from hf_embed.evaluation.tasks import NO_ORDER, Embed, EvaluationTask, embed_once
+from hf_embed.evaluation.tasks import Embed, EvaluationTask, embed_once, unranked
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +70,7 @@ class Reranking(EvaluationTask):
             )
             finite, has_order = finite and bool(np.isfinite(cosines).all()), has_order or ordered(cosines[None])
         if not (finite and has_order):
-            logger.warning(f"MAP is NaN for {len(self.judged):,} queries: {NO_ORDER}")
-            return dict.fromkeys(self.reported, math.nan)
+            return unranked(self.reported, f"MAP is NaN for {len(self.judged):,} queries")
         return dict(zip(self.reported, (100 * np.mean(per_query, axis=0)).tolist()))
 
 

@@ -7,7 +7,6 @@ Shapes: Q queries, k retrieved documents.
 """
 
 import logging
-import math
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -28,7 +27,7 @@ from hf_embed.distributed import gather_objects, get_rank, get_world_size
 from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import ordered
 from hf_embed.evaluation.rows import is_number
-from hf_embed.evaluation.tasks import NO_ORDER, Embed, EvaluationTask, embed_on_all_ranks, embed_own_share
+from hf_embed.evaluation.tasks import Embed, EvaluationTask, embed_on_all_ranks, embed_own_share, unranked
 from hf_embed.ranges import COUNT
 from hf_embed.search import exact_search
 
@@ -122,8 +121,7 @@ class Retrieval(EvaluationTask):
         """Return the metrics of each query of `qrels`, 0 to 1. They are NaN if the cosines cannot be ranked."""
         scores, found = self.rank(embed, max(self.cutoffs))
         if len(self.corpus) > 1 and not ordered(scores.numpy()):
-            logger.warning(f"nDCG is NaN for {len(found):,} queries: {NO_ORDER}")
-            return [dict.fromkeys(ranking_metrics([], {"": 1}, self.cutoffs), math.nan) for _ in self.qrels]
+            return [unranked(self.logged, f"nDCG is NaN for {len(found):,} queries")] * len(self.qrels)
         return [ranking_metrics(found[q], self.qrels[q], self.cutoffs) for q in self.qrels]
 
     def rank(self, embed: Embed, k: int) -> tuple[Tensor, dict[str, list[str]]]:

@@ -9,8 +9,9 @@ metrics mean the same: `triplet_accuracy` is not the `accuracy` of zero-shot cla
 Shapes: N texts, embeddings of dimension D.
 """
 
+import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
@@ -22,6 +23,9 @@ from hf_embed.evaluation.geometry import cosines_of, unit
 from hf_embed.progress import progress_bar
 from hf_embed.work_files import digest
 
+logger = logging.getLogger(__name__)
+
+BATCH = 1024  # texts that are encoded, or pairs that are compared, at a time
 THRESHOLD = "_threshold"  # ends the names of reported cosine thresholds, which are not scores
 NO_ORDER = "all cosines are equal, or some are not finite; the model has collapsed, or its vectors are zero, NaN or infinite"
 
@@ -111,8 +115,20 @@ def score_tasks(tasks: Mapping[str, Task], embed: Embed) -> dict[str, float]:
             by_metric.setdefault(key, []).append(value)
     check_names(tasks)  # again, because `compute_metrics` may have named further metrics
     for key, values in by_metric.items():
-        metrics[key] = float(np.mean([v for v in values if math.isfinite(v)] or [math.nan]))
+        metrics[key] = finite_mean(values)
     return metrics
+
+
+def finite_mean(values: Iterable[float]) -> float:
+    """Return the mean of the values that are finite, or NaN if there is none."""
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else math.nan
+
+
+def unranked(metrics: Iterable[str], what: str) -> dict[str, float]:
+    """Return NaN for each metric, and warn that cosines cannot be ranked: `what` says which metric is NaN, and for how many."""
+    logger.warning(f"{what}: {NO_ORDER}")
+    return dict.fromkeys(metrics, math.nan)
 
 
 def score_table(scores: Mapping[str, float], tasks: Mapping[str, Task]) -> list[str]:
@@ -174,10 +190,10 @@ def check_names(tasks: Mapping[str, Task]) -> None:
             taken.add(f"{name}_{metric}")
 
 
-def embed_own_share(texts: list[str], embed: Embed, prompt_name: str | None = None, batch: int = 1024) -> Iterator[Tensor]:
+def embed_own_share(texts: list[str], embed: Embed, prompt_name: str | None = None) -> Iterator[Tensor]:
     """Yield the embeddings of this rank's texts, which have the indices rank, rank + ranks, rank + 2 * ranks ...
 
-    Each yielded tensor has the shape (up to `batch`, D).
+    Each yielded tensor has the shape (up to `BATCH`, D).
 
     Raises:
         InputError: if the ranks have different texts, or the same texts in another order.
@@ -187,17 +203,17 @@ def embed_own_share(texts: list[str], embed: Embed, prompt_name: str | None = No
         check_same("the texts", digest(texts))
     own = texts[rank::ranks]
     # Every rank makes the same number of calls, because with FSDP each call runs collectives.
-    calls = math.ceil(math.ceil(len(texts) / ranks) / batch)
+    calls = math.ceil(math.ceil(len(texts) / ranks) / BATCH)
     with progress_bar(total=len(own), desc="Encoding", unit="text") as bar:
         for i in range(calls):
-            part = own[i * batch : (i + 1) * batch]
+            part = own[i * BATCH : (i + 1) * BATCH]
             yield embed(part or texts[:1], prompt_name)[: len(part)]
             bar.update(len(part))
 
 
-def embed_on_all_ranks(texts: list[str], embed: Embed, prompt_name: str | None = None, batch: int = 1024) -> np.ndarray:
+def embed_on_all_ranks(texts: list[str], embed: Embed, prompt_name: str | None = None) -> np.ndarray:
     """Return the embeddings (N, D) of all texts on every rank. Each rank encodes its share."""
-    vectors = np.concatenate([part.cpu().numpy() for part in embed_own_share(texts, embed, prompt_name, batch)])
+    vectors = np.concatenate([part.cpu().numpy() for part in embed_own_share(texts, embed, prompt_name)])
     everyone = np.empty((len(texts), vectors.shape[1]), vectors.dtype)
     for rank, part in enumerate(gather_objects(vectors)):
         everyone[rank :: get_world_size()] = part
@@ -219,13 +235,12 @@ def pair_cosines(
     second: Sequence[str],
     first_vectors: Callable[[Sequence[str]], np.ndarray],
     second_vectors: Callable[[Sequence[str]], np.ndarray],
-    block: int = 4096,
 ) -> np.ndarray:
     """Return the cosines (P,) of P pairs of texts, computed block by block.
 
     `first_vectors` and `second_vectors` map texts to their normalized embeddings, as the functions from `embed_once` do.
     """
     parts = []
-    for i in range(0, len(first), block):
-        parts.append(cosines_of(first_vectors(first[i : i + block]), second_vectors(second[i : i + block])))
+    for i in range(0, len(first), BATCH):
+        parts.append(cosines_of(first_vectors(first[i : i + BATCH]), second_vectors(second[i : i + BATCH])))
     return np.concatenate(parts)

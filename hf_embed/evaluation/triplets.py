@@ -3,8 +3,6 @@
 Shapes: T triplets.
 """
 
-import logging
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,9 +13,7 @@ from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import ordered
 from hf_embed.evaluation.judged import judged_rows
 from hf_embed.evaluation.rows import read_rows, text_lists
-from hf_embed.evaluation.tasks import NO_ORDER, Embed, EvaluationTask, embed_once, pair_cosines
-
-logger = logging.getLogger(__name__)
+from hf_embed.evaluation.tasks import Embed, EvaluationTask, embed_once, pair_cosines, unranked
 
 
 @dataclass
@@ -55,8 +51,7 @@ class Triplets(EvaluationTask):
         documents = embed_once([*self.positives, *self.negatives], embed, "document")
         right, wrong = (pair_cosines(self.anchors, texts, anchors, documents) for texts in (self.positives, self.negatives))
         if not ordered(np.stack([right, wrong], axis=1)):
-            logger.warning(f"accuracy is NaN for {len(right):,} triplets: {NO_ORDER}")
-            return {"triplet_accuracy": math.nan}
+            return unranked(self.reported, f"accuracy is NaN for {len(right):,} triplets")
         return {"triplet_accuracy": 100 * float((right > wrong).mean())}
 
 

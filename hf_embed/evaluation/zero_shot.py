@@ -4,7 +4,6 @@ A template such as "this is an example of {label}" turns a label into a text. No
 """
 
 import logging
-import math
 from collections import Counter
 from dataclasses import dataclass
 from numbers import Integral
@@ -17,7 +16,7 @@ from hf_embed.data.sources import first_cells, plain_rows, read_file, row_texts
 from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import ordered, unit
 from hf_embed.evaluation.rows import as_list
-from hf_embed.evaluation.tasks import NO_ORDER, Embed, EvaluationTask, embed_on_all_ranks
+from hf_embed.evaluation.tasks import Embed, EvaluationTask, embed_on_all_ranks, unranked
 from hf_embed.read_files import read_json
 
 logger = logging.getLogger(__name__)
@@ -60,8 +59,7 @@ class ZeroShot(EvaluationTask):
         texts, labels = (unit(embed_on_all_ranks(part, embed)) for part in (self.texts, self.label_texts))
         cosines = texts @ labels.T  # (N, labels)
         if not ordered(cosines):
-            logger.warning(f"accuracy is NaN for {len(self.texts)} texts: {NO_ORDER}")
-            return {"accuracy": math.nan, "f1": math.nan}
+            return unranked(self.reported, f"accuracy is NaN for {len(self.texts)} texts")
         predicted, wanted = cosines.argmax(1), np.array(self.labels)
         f1 = []
         for label in range(len(self.label_texts)):

@@ -9,6 +9,7 @@ hf-embed launch --config_file recipes/accelerate/ddp_8gpu.yaml sup-simcse --trai
 import ast
 import difflib
 import importlib
+import signal
 import sys
 
 import hf_embed
@@ -76,6 +77,7 @@ def start_several(words: list[str]) -> None:
 def main() -> None:
     """Run the command `hf-embed`."""
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help", "help", "list"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `hf-embed | head` ends without a message
         print(listing())
         return
     if sys.argv[1] == "--version":

@@ -23,8 +23,9 @@ from hf_embed.data.files import as_column, features_of, kind_of, opened
 from hf_embed.data.labeled import Layout, as_pairs, labeled_layout
 from hf_embed.data.mixture import Source, source_tokenizer
 from hf_embed.data.sources import refuse_lists
-from hf_embed.data.tokenization import RowTokenizer, beginning, text_id, too_few_rows
+from hf_embed.data.tokenization import RowTokenizer, text_id, too_few_rows
 from hf_embed.encoder import Encoder
+from hf_embed.encoding import beginning
 from hf_embed.kit.false_negatives import equal_candidates, guessing, in_a_batch
 from hf_embed.kit.row_hashes import Ids, RowIds, Texts, batches, exact_ids, hash_rows, in_parts, plain_texts, repeated, row_ids
 from hf_embed.kit.similar import similar_pairs

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from datasets import Dataset
@@ -20,7 +21,6 @@ from hf_embed.checkpoint.tables import comparison_table
 from hf_embed.checkpoint.verify import quiet
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
-from hf_embed.evaluation.geometry import plot_trajectory
 from hf_embed.evaluation.held_out import with_model
 from hf_embed.evaluation.retrieval import Retrieval
 from hf_embed.evaluation.tasks import Task, score_tasks
@@ -30,11 +30,14 @@ from hf_embed.kit.overwrite import place_of, take_place
 from hf_embed.kit.plan import Plan
 from hf_embed.progress import hidden_bars
 from hf_embed.read_files import read_json
+from hf_embed.safe_files import writing
 from hf_embed.text_models import loading_class
 from hf_embed.trainer import ContrastiveTrainer
 from hf_embed.training_record import about_training, changed_settings, on_the_hub, shown, summary
 
 logger = logging.getLogger(__name__)
+
+MOST_LABELS = 12  # points of the picture that are labeled with their step
 
 
 def report(plan: Plan, trainer: ContrastiveTrainer, before: dict[str, float], trained: TrainOutput) -> dict[str, Any]:
@@ -103,7 +106,7 @@ def learned_temperature(trainer: ContrastiveTrainer) -> Tensor | None:
         return None
     ids = torch.tensor(trainer.encoder.tokenizer("a")["input_ids"], device=trainer.encoder.device)
     with torch.inference_mode():
-        return trainer.model(ids, [len(ids)], sharded=trainer.sharded)["temperature"]
+        return trainer.model(ids, [len(ids)])["temperature"]
 
 
 def write_report(plan: Plan, trainer: ContrastiveTrainer, before: dict[str, float], results: dict[str, Any]) -> None:
@@ -147,3 +150,36 @@ def show_searches(name: str, task: Task, encoder: Encoder, count: int) -> None:
             for document in documents:
                 star = "*" if document in task.qrels[query] else " "
                 print(f"  {star} {textwrap.shorten(task.corpus[document], 90)}")
+
+
+def plot_trajectory(history: list[dict[str, Any]], path: str | Path) -> None:
+    """Plot alignment against uniformity along a run, one point per evaluation, colored by the STS score.
+
+    `history` has the form of the Trainer's `log_history`.
+    """
+    from matplotlib.figure import Figure
+
+    points = [log for log in history if np.isfinite(log.get("eval_alignment", np.nan) + log.get("eval_uniformity", np.nan))]
+    if not points:
+        return
+    x = [point["eval_uniformity"] for point in points]
+    y = [point["eval_alignment"] for point in points]
+    figure = Figure(figsize=(6.4, 4.8), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(x, y, color="0.7", linewidth=1, zorder=1)
+    dots = axes.scatter(x, y, c=[point["eval_spearman"] for point in points], cmap="viridis", s=36, zorder=2)
+    axes.margins(0.12)  # room for the labels
+    middle = (min(x) + max(x)) / 2
+    every = -(-len(points) // MOST_LABELS)
+    for number, point in enumerate(points):
+        if number % every == 0 or point is points[-1]:
+            side = -1 if x[number] > middle else 1  # towards the middle, so that the label stays inside the frame
+            place: dict[str, Any] = {"xytext": (7 * side, 5), "ha": "right" if side < 0 else "left", "fontsize": 9}
+            label = f"step {point.get('step', 0)}"
+            axes.annotate(label, (x[number], y[number]), textcoords="offset points", **place)
+    axes.set_xlabel("uniformity: are all sentences spread out? (lower is better)")
+    axes.set_ylabel("alignment: are similar sentences close? (lower is better)")
+    axes.set_title("Alignment and uniformity after each evaluation")
+    figure.colorbar(dots, label="STS, Spearman x 100 (higher is better)")
+    with writing(path) as aside:
+        figure.savefig(aside, dpi=125)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from hf_embed.checkpoint.whole import check_whole, newest_whole
-from hf_embed.disk import ASIDE, check_folder
+from hf_embed.disk import SAVING, check_folder
 from hf_embed.errors import InputError
 from hf_embed.kit import cli
 from hf_embed.kit.overwrite import check_replaceable, is_unfinished, is_working, working_folder
@@ -52,7 +52,7 @@ def settle_output_dir(flags: cli.Flags, name: str, made_anew: bool = False) -> c
 
 def holds_run(folder: Path) -> bool:
     """Return True if a folder holds more than the logs of a run that ended before it saved anything."""
-    return any(path.name != "runs" and not path.name.startswith(ASIDE) for path in folder.glob("*"))
+    return any(path.name != "runs" and not path.name.startswith(SAVING) for path in folder.glob("*"))
 
 
 def find_checkpoint(given: str, folder: Path) -> str:

@@ -126,9 +126,8 @@ def finished_run(folder: Path, plan: Plan) -> dict[str, Any] | None:
 def interrupted_run(folder: Path, plan: Plan) -> str | None:
     """Return the newest complete checkpoint of a seed's interrupted run; None if there is none or it has other settings."""
     checkpoint = None if (folder / "results.json").is_file() else newest_whole(folder)
-    manifest = checkpoint and read_manifest(checkpoint)
-    changes = manifest and not same_settings(manifest["run"], plan.args, plan.objective)
-    return None if checkpoint is None or changes else str(checkpoint)
+    same = checkpoint and same_settings(read_manifest(checkpoint)["run"], plan.args, plan.objective)
+    return str(checkpoint) if same else None
 
 
 def keep_best(folder: Path, runs: dict[int, dict], trust_remote_code: bool = False) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Losses on embeddings: pure functions that follow the protocol in base.py."""
+"""Losses on embeddings: pure functions with the interface of base.py."""
 
 from hf_embed.objectives.base import ContrastiveObjective, Objective, as_objective
 from hf_embed.objectives.cosent import CoSENT

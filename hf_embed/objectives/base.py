@@ -1,8 +1,8 @@
 """The interface of an objective, defaults for its optional parts, and a wrapper for plain functions.
 
 A new objective is a dataclass that derives from `ContrastiveObjective` and defines `mean_loss`. It computes a loss from
-embeddings and text ids. It does not gather, does not run a model and does not log. `Objective` is the protocol that the trainer
-relies on, and `FunctionObjective` turns a plain function into an objective.
+embeddings and text ids. It does not gather, does not run a model and does not log. `FunctionObjective` turns a plain function
+into an objective.
 
 The loss is the mean over the rows of one rank, because DDP and FSDP average the gradients over the ranks. A term that depends
 on all rows, and that every rank computes alike from `all_embeddings`, needs no correction: its average over the ranks is the
@@ -14,99 +14,19 @@ numbers per embedding.
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
 from hf_embed.errors import InputError
 
+GUIDE_HELP = "With --teacher: ignore candidates that it scores above the positive minus this."  # of the flag --guide_margin
 # Further arguments that an objective may need, for the N rows of all ranks. They are 0 where a text is absent.
 NEEDS = {
     "scores": "(N, V - 1) scores of the texts after the anchor, from columns of the data or from a teacher model",
     "teacher": "(N, V, E) the vectors that the teacher model has for the texts, of its width E and of unit length",
     "target": "(N, V, D) the same vectors in the width of the model that is trained; see `hf_embed.teacher`",
 }
-
-
-@runtime_checkable
-class Objective(Protocol):
-    """What the trainer requires of an objective.
-
-    Example: two ranks with two rows each, and the call on the second rank. Row 3 has no negative.
-
-        embeddings      (2, 3, D)   rows 2 and 3; the embedding in place of the absent text is 0
-        text_ids        (2, 3)      [[31, 32, 33], [41, 42, 0]]: equal numbers are equal texts, 0 is an absent text
-        all_embeddings  (4, 3, D)   rows 0 to 3; gradients flow through all of them
-        all_text_ids    (4, 3)      [[11, 12, 13], [21, 22, 23], [31, 32, 33], [41, 42, 0]]
-        first_row       2           so all_text_ids[2:4] equals text_ids
-    """
-
-    # Lines of the model card: the formula of the loss, and the paper that it comes from.
-    equation: ClassVar[str]
-    paper: ClassVar[str]
-
-    @property
-    def temperature(self) -> float:
-        """The number that similarities are divided by. If the temperature is learned, this is its initial value."""
-
-    @property
-    def learn_temperature(self) -> bool:
-        """Whether the trainer learns the temperature and passes it to each call."""
-
-    @property
-    def mlm_weight(self) -> float:
-        """The weight of the masked-language-modeling loss, which the trainer computes and adds. 0 means no such loss."""
-
-    @property
-    def takes_other_ids(self) -> bool:
-        """Whether the call accepts `other_ids`. Data whose rows have several positives requires it."""
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """The names of further arguments that the call needs, each one of `NEEDS`."""
-
-    def check_width(self, width: int) -> None:
-        """Check that the objective accepts embeddings of `width` numbers.
-
-        Raises:
-            InputError: if it does not.
-        """
-
-    def check_rows(self, texts_per_row: int, name: str) -> None:
-        """Check that the objective accepts the rows of a dataset.
-
-        Args:
-            texts_per_row: the number of texts in the largest row.
-            name: what error messages call the rows.
-
-        Raises:
-            InputError: if it does not accept them.
-        """
-
-    def __call__(
-        self,
-        embeddings: Tensor,
-        text_ids: Tensor,
-        all_embeddings: Tensor | None = None,
-        all_text_ids: Tensor | None = None,
-        first_row: int = 0,
-        temperature: Tensor | None = None,
-        other_ids: Tensor | None = None,
-    ) -> Tensor:
-        """Return the mean loss of the own rows, a scalar.
-
-        Args:
-            embeddings: (B, V, D) embeddings of the own rows, not normalized, in float32 or float64.
-            text_ids: (B, V) hash of each text; 0 where a row has fewer than V - 2 negatives.
-            all_embeddings: (N, V, D) embeddings of the rows of all ranks, which include the own rows; default: the own rows.
-            all_text_ids: (N, V) hashes of the texts of all ranks; default: those of the own rows.
-            first_row: number of the first own row among the rows of all ranks.
-            temperature: the learned temperature, a scalar; default: the fixed temperature.
-            other_ids: (N, W) hashes of the other positives of each row of all ranks, filled up with 0. It is passed only if
-                some rows of the data have several positives. These texts are not negatives of the row.
-
-        The arguments that the objective `needs` are passed by name, for the rows of all ranks: see `NEEDS`.
-        """
 
 
 class Batch(NamedTuple):
@@ -129,29 +49,53 @@ class Batch(NamedTuple):
 
 
 class ContrastiveObjective:
-    """The base class of objectives, with a default for every part of `Objective` except the loss: define `mean_loss`."""
+    """The base class of objectives: what the trainer requires, with a default for every part except the loss.
+
+    Example: two ranks with two rows each, and the call on the second rank. Row 3 has no negative.
+
+        embeddings      (2, 3, D)   rows 2 and 3; the embedding in place of the absent text is 0
+        text_ids        (2, 3)      [[31, 32, 33], [41, 42, 0]]: equal numbers are equal texts, 0 is an absent text
+        all_embeddings  (4, 3, D)   rows 0 to 3; gradients flow through all of them
+        all_text_ids    (4, 3)      [[11, 12, 13], [21, 22, 23], [31, 32, 33], [41, 42, 0]]
+        first_row       2           so all_text_ids[2:4] equals text_ids
+
+    Attributes:
+        equation: a line of the model card, the formula of the loss.
+        paper: a line of the model card, the paper that the loss comes from.
+        temperature: the number that similarities are divided by. If the temperature is learned, this is its initial value.
+        learn_temperature: whether the trainer learns the temperature and passes it to each call.
+        mlm_weight: the weight of the masked-language-modeling loss, which the trainer computes and adds. 0 means no such loss.
+        guide_margin: leave out candidates that a teacher scores above its score of the positive minus this number. None: no
+            teacher guides the choice of negatives.
+    """
 
     equation: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     temperature: float = 1.0
     learn_temperature: bool = False
     mlm_weight: float = 0.0
+    guide_margin: float | None = None
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """Nothing beside embeddings and text ids."""
-        return ()
+        """The names of further arguments that the call needs, each one of `NEEDS`."""
+        return () if self.guide_margin is None else ("teacher",)
 
     @property
     def takes_other_ids(self) -> bool:
-        """Whether the call has a parameter `other_ids`."""
+        """Whether the call accepts `other_ids`. Data whose rows have several positives requires it."""
         return has_parameter(self, "other_ids")
 
     def check_width(self, width: int) -> None:
-        """Accept embeddings of any width."""
+        """Raise InputError if the objective does not accept embeddings of `width` numbers."""
 
     def check_rows(self, texts_per_row: int, name: str) -> None:
-        """Accept rows with any number of texts."""
+        """Raise InputError if the objective does not accept the rows of a dataset.
+
+        Args:
+            texts_per_row: the number of texts in the largest row.
+            name: what error messages call the rows.
+        """
 
     def __call__(
         self,
@@ -164,7 +108,19 @@ class ContrastiveObjective:
         other_ids: Tensor | None = None,
         **needed: Tensor,
     ) -> Tensor:
-        """Return the mean loss of the own rows, a scalar; see `Objective`."""
+        """Return the mean loss of the own rows, a scalar.
+
+        Args:
+            embeddings: (B, V, D) embeddings of the own rows, not normalized, in float32 or float64.
+            text_ids: (B, V) hash of each text; 0 where a row has fewer than V - 2 negatives.
+            all_embeddings: (N, V, D) embeddings of the rows of all ranks, which include the own rows; default: the own rows.
+            all_text_ids: (N, V) hashes of the texts of all ranks; default: those of the own rows.
+            first_row: number of the first own row among the rows of all ranks.
+            temperature: the learned temperature, a scalar; default: the fixed temperature.
+            other_ids: (N, W) hashes of the other positives of each row of all ranks, filled up with 0. It is passed only if
+                some rows of the data have several positives. These texts are not negatives of the row.
+            **needed: the arguments that the objective `needs`, for the rows of all ranks: see `NEEDS`.
+        """
         if all_embeddings is None or all_text_ids is None:
             all_embeddings, all_text_ids = embeddings, text_ids
         own, divisor = slice(first_row, first_row + len(embeddings)), self.temperature if temperature is None else temperature
@@ -173,6 +129,9 @@ class ContrastiveObjective:
     def mean_loss(self, batch: Batch) -> Tensor:
         """Return the mean loss of the own rows, a scalar. The texts of `batch.other_ids` are not negatives of their row."""
         raise NotImplementedError
+
+
+Objective = ContrastiveObjective  # a shorter name, for what is given to the trainer
 
 
 class FunctionObjective(ContrastiveObjective):

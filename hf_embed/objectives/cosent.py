@@ -39,16 +39,12 @@ class CoSENT(ContrastiveObjective):
 
     equation: ClassVar[str] = "loss = log [ 1 + sum_(i, j with y_i > y_j) e^((cos_j - cos_i) / t) ]"
     paper: ClassVar[str] = "Su: CoSENT, https://kexue.fm/archives/8847"
+    needs = ("scores",)  # of each pair
 
     temperature: float = field(default=0.05, metadata={"help": "Temperature that the cosine similarities are divided by."})
 
     def __post_init__(self) -> None:
         check_ranges(self, {"temperature": POSITIVE})
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """The score of each pair."""
-        return ("scores",)
 
     def check_rows(self, texts_per_row: int, name: str) -> None:
         """Refuse rows with negatives, because a score belongs to a pair.

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from hf_embed.errors import InputError
-from hf_embed.objectives.base import Batch, ContrastiveObjective
+from hf_embed.objectives.base import GUIDE_HELP, Batch, ContrastiveObjective
 from hf_embed.objectives.masking import false_negatives
 from hf_embed.ranges import COUNT, FINITE, POSITIVE, check_ranges, is_one_of
 
@@ -85,10 +85,7 @@ class ImprovedContrastive(ContrastiveObjective):
     margin: float | None = field(
         default=None, metadata={"help": "Ignore candidates that score above the positive's score minus this margin."}
     )
-    guide_margin: float | None = field(
-        default=None,
-        metadata={"help": "With --teacher: ignore candidates that it scores above the positive minus this."},
-    )
+    guide_margin: float | None = field(default=None, metadata={"help": GUIDE_HELP})
     learn_temperature: bool = field(default=False, metadata={"help": "Learn the temperature in training."})
     tile_rows: int | None = field(default=None, metadata={"flag": False})
 
@@ -116,11 +113,6 @@ class ImprovedContrastive(ContrastiveObjective):
                 raise InputError(
                     "positive_once needs partition_mode joint, because each softmax of per_direction needs its positive"
                 )
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """The vectors of the teacher, if it guides the choice of negatives."""
-        return () if self.guide_margin is None else ("teacher",)
 
     def mean_loss(self, batch: Batch) -> Tensor:
         """Return the mean loss of the own rows, a scalar.

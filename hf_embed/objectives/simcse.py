@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_embed.errors import InputError
-from hf_embed.objectives.base import Batch, ContrastiveObjective
+from hf_embed.objectives.base import GUIDE_HELP, Batch, ContrastiveObjective
 from hf_embed.objectives.masking import false_negatives
 from hf_embed.objectives.tiles import by_tiles
 from hf_embed.ranges import FINITE, POSITIVE, Range, check_ranges
@@ -66,20 +66,11 @@ class SimCSE(ContrastiveObjective):
         default=True,
         metadata={"help": "Do not use other positives of the same anchor as negatives. False is the paper's form of the loss."},
     )
-
-    guide_margin: float | None = field(
-        default=None,
-        metadata={"help": "With --teacher: ignore candidates that it scores above the positive minus this."},
-    )
+    guide_margin: float | None = field(default=None, metadata={"help": GUIDE_HELP})
 
     def __post_init__(self) -> None:
         ranges = {"temperature": POSITIVE, "hard_negative_weight": FINITE, "mlm_weight": Range(least=0), "guide_margin": FINITE}
         check_ranges(self, ranges)
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """The vectors of the teacher, if it guides the choice of negatives."""
-        return () if self.guide_margin is None else ("teacher",)
 
     def check_rows(self, texts_per_row: int, name: str) -> None:
         """Refuse a weight of hard negatives if no row has a hard negative.

@@ -141,17 +141,13 @@ class MarginMSE(ContrastiveObjective):
         "Hofstätter et al.: Improving Efficient Neural Ranking Models with Cross-Architecture Knowledge Distillation, "
         "https://arxiv.org/abs/2010.02666"
     )
+    needs = ("scores",)  # of the positive and the negatives of each row
 
     similarity: Literal["dot", "cosine"] = field(default="dot", metadata={"help": "Similarity of the student: dot or cosine."})
 
     def __post_init__(self) -> None:
         if not is_one_of(self.similarity, ("dot", "cosine")):
             raise InputError(f"unknown similarity '{self.similarity}'; use dot or cosine")
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """The scores of the positive and the negatives of each row."""
-        return ("scores",)
 
     def check_rows(self, texts_per_row: int, name: str) -> None:
         """Refuse rows without negatives.
@@ -200,17 +196,13 @@ class VectorDistillation(ContrastiveObjective):
         "Reimers, Gurevych: Making Monolingual Sentence Embeddings Multilingual using Knowledge Distillation, "
         "https://arxiv.org/abs/2004.09813"
     )
+    needs = ("target",)  # the teacher's vectors in the width of the model that is trained
 
     loss: Literal["cosine", "mse"] = field(default="cosine", metadata={"help": "Distance to the teacher's vectors."})
 
     def __post_init__(self) -> None:
         if not is_one_of(self.loss, ("cosine", "mse")):
             raise InputError(f"unknown loss '{self.loss}'; use cosine or mse")
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """The teacher's vectors in the width of the model that is trained."""
-        return ("target",)
 
     def mean_loss(self, batch: Batch) -> Tensor:
         """Return the mean loss of the own rows, a scalar."""
