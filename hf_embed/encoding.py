@@ -7,6 +7,7 @@ Shapes: N texts, n texts in a batch, D numbers per vector.
 """
 
 import contextlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from queue import SimpleQueue
@@ -31,6 +32,8 @@ Model = TypeVar("Model", bound=nn.Module)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Tokens: TypeAlias = list[list[int]]  # the token ids of each text of a batch
+# What stands between words for every tokenizer. Python also splits words at control characters, which BERT's tokenizer removes.
+SPACES = re.compile(r"[ \t\r\n]+")
 # For each model inside `evaluating`: the threads that use it, and the modules that were in training mode.
 _evaluated: dict[nn.Module, tuple[int, set[nn.Module]]] = {}
 _lock = Lock()
@@ -133,7 +136,7 @@ def beginning(text: str, max_length: int, tokenizer: PreTrainedTokenizerBase) ->
     words = 4 * max_length
     if len(text) < 10 * words or tokenizer.truncation_side == "left":
         return text
-    parts = text.split(None, words)
+    parts = SPACES.split(text, words)
     if len(parts) <= words:
         return text
     part = text[: len(text) - len(parts[-1])]

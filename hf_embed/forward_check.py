@@ -370,12 +370,20 @@ def tolerance_of(backbone: PreTrainedModel) -> float:
 
 @contextlib.contextmanager
 def undisturbed(encoder: "Encoder") -> Iterator[None]:
-    """Turn dropout off and compute float32 products exactly inside a `with` block.
+    """Turn dropout off and compute float32 products exactly inside a `with` block, also under the caller's autocast.
 
-    Afterwards the training modes, the random states and the precision of products are as before.
+    Afterwards the training modes, the random states and the precision of products are as before. Inside, gradients can be
+    computed also if the caller is in inference mode.
     """
-    devices = [encoder.device] if encoder.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), exact_products(), evaluating(encoder):
+    kind = encoder.device.type
+    devices = [encoder.device] if kind == "cuda" else []
+    with (
+        torch.random.fork_rng(devices=devices),
+        exact_products(),
+        torch.autocast(kind, enabled=False),
+        torch.inference_mode(False),
+        evaluating(encoder),
+    ):
         yield
 
 

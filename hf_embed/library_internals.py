@@ -104,8 +104,9 @@ def layers_to_wrap(model: nn.Module) -> Any:
 
 
 def forget_adapters(model: nn.Module) -> None:
-    """Make `save_pretrained` write the whole model with its merged adapters, instead of the adapters only."""
+    """Make `save_pretrained` write the whole model with its merged adapters, under its own names, and not the adapters only."""
     model._hf_peft_config_loaded = False  # type: ignore[assignment]
+    model._weight_conversions = None  # type: ignore[assignment]  # those of adapters that transformers loaded
 
 
 def optional_file(name: str, file: str, **hub: Any) -> str | None:

@@ -38,7 +38,7 @@ def digits(value: Any, count: int = 3) -> str:
         return str(value)
     if isinstance(value, int):
         return f"{value:,}"
-    if abs(value) >= 10**count:
+    if abs(float(f"{value:.{count}g}")) >= 10**count:  # also 999.7, which is rounded to 1,000
         return f"{value:,.0f}"
     return f"{value:#.{count}g}".rstrip(".") if abs(value) >= 1e-4 or value == 0 else f"{value:.{count}g}"
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, get_args
 
+import numpy as np
+
 from hf_embed.errors import InputError
 
 
@@ -49,6 +51,8 @@ def is_one_of(value: Any, names: Iterable[str]) -> bool:
 def check_ranges(settings: Any, ranges: dict[str, Range]) -> None:
     """Check the fields of a dataclass: numbers against `ranges`, names against the field's choices, and switches.
 
+    A number of NumPy becomes a number of Python, because JSON files and other libraries accept no other.
+
     A field may be None if its type or its default allows None. In a list, every element must be in range, and there must be at
     least one element. A switch must be True or False, not a text.
 
@@ -60,6 +64,9 @@ def check_ranges(settings: Any, ranges: dict[str, Range]) -> None:
         types |= inspect.get_annotations(kind)
     for field in dataclasses.fields(settings):
         name, value = field.name, getattr(settings, field.name)
+        if isinstance(value, np.generic):
+            value = value.item()
+            setattr(settings, name, value)
         if value is None and (field.default is None or type(None) in get_args(types[field.name])):
             continue
         choices = field.metadata.get("choices")

@@ -55,22 +55,16 @@ def semantic_search(
         raise InputError(f"top_k is {top_k!r}; it must be a whole number of at least 1")
     rows = corpus if isinstance(corpus, np.ndarray) and corpus.ndim == 2 else as_matrix(corpus)
     asked = as_matrix(queries)
-    kinds = precisions(asked, read_block(rows, 0, 1), precision)
+    kinds = precisions(asked, as_matrix(rows[:1]), precision)
     if similarity != "cosine" and set(kinds) != {"float32"}:
         raise InputError(f"similarity {similarity}: vectors of the precision {kinds[1]} do not keep their length; use cosine")
     hits = []
     for part in as_floats(asked, kinds[0]).split(QUERIES):
-        blocks = (as_floats(read_block(rows, start, BLOCK), kinds[1]) for start in range(0, len(rows), BLOCK))
+        blocks = (as_floats(as_matrix(rows[start : start + BLOCK]), kinds[1]) for start in range(0, len(rows), BLOCK))
         scores, numbers = exact_search(part, blocks, top_k, finite(SIMILARITIES[similarity]))
         for pairs in zip(numbers.tolist(), scores.tolist()):
             hits.append([{"corpus_id": number, "score": score} for number, score in zip(*pairs)])
     return hits
-
-
-def read_block(rows: np.ndarray | Tensor, start: int, size: int) -> Tensor:
-    """Return some rows as a tensor. Rows of an array are copied, because the array may be a file."""
-    part = rows[start : start + size]
-    return torch.from_numpy(np.array(part)) if isinstance(part, np.ndarray) else part
 
 
 def precisions(queries: Tensor, rows: Tensor, given: str | None) -> tuple[str, str]:

@@ -188,4 +188,4 @@ def check_max_length(max_length: int | None, limit: int | None, tokenizer: PreTr
     if limit is not None and max_length > limit:
         raise InputError(f"max_length {max_length} is above the {limit} positions of this model; set it to at most {limit}")
     room_for_text(tokenizer, [""], max_length)
-    return max_length
+    return int(max_length)  # a number of NumPy could not be saved

@@ -140,6 +140,8 @@ def as_matrix(vectors: Vectors) -> Tensor:
     try:
         if isinstance(vectors, list) and vectors and isinstance(vectors[0], np.ndarray | Tensor):
             vectors = torch.stack([torch.as_tensor(vector) for vector in vectors])
+        if isinstance(vectors, np.ndarray):  # a copy, because PyTorch takes none that is reversed, read-only, or of a file
+            vectors = np.array(vectors, vectors.dtype.newbyteorder("="))
         found = torch.atleast_2d(torch.as_tensor(vectors))
     except Exception as error:  # the argument may be anything
         raise InputError(f"vectors are {str(vectors)[:60]!r}, a {type(vectors).__name__}; give an array (N, D)") from error

@@ -142,6 +142,20 @@ def test_adapters_that_are_switched_off_are_left_out(put, tmp_path):
     assert apart(on, vectors(encoder)) > 1e-3  # control: the adapters change the vectors
 
 
+# BUG: transformers had loaded the adapters and saved all weights under the names that adapters have, and the save was refused.
+@pytest.mark.parametrize("auto", [True, False])
+def test_adapters_that_transformers_loads_are_merged(auto, tmp_path):
+    tiny_model().save_pretrained(tmp_path / "base")
+    peft_model = randomised(wrapped(CONFIGS["lora"], AutoModel.from_pretrained(tmp_path / "base")))
+    expected = vectors(Encoder(peft_model, small_tokenizer()))
+    peft_model.save_pretrained(tmp_path / "adapter")
+    model = AutoModel.from_pretrained(tmp_path / ("adapter" if auto else "base"))
+    if not auto:
+        model.load_adapter(tmp_path / "adapter")
+    Encoder(model, small_tokenizer()).save_pretrained(tmp_path / "merged")
+    assert apart(vectors(Encoder.from_pretrained(tmp_path / "merged")), expected) < 1e-5
+
+
 def test_injected_by_peft_and_scaled(tmp_path):
     """`inject_adapter_in_model` does not change the class of the model. TempScale is folded after the merge."""
     model = randomised(inject_adapter_in_model(LoraConfig(target_modules=TARGETS, r=4), tiny_model()))

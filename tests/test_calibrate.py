@@ -205,5 +205,6 @@ def test_recipe_says_what_is_wrong(run):
         (["--temperature", "0.9", "--grid", "0.5"], "--grid has no effect with --temperature"),
         (["--temperature", "0.9", "--max_texts", "5"], "--max_texts has no effect without --texts"),
         (["--texts", "texts.txt", "--eval_code_search", "halves=json"], "--texts: two sets are named 'halves'"),
+        (["--eval_code_search", "mean=json"], "evaluation set 'mean': another column of the results has this name"),
     ):  # fmt: skip
         assert message in error_of(run, "model", *words)

@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 
 from hf_embed import Encoder
 from hf_embed.checkpoint.card import is_generated, model_card, title_of, with_repository, write_card
-from hf_embed.checkpoint.tables import comparison_table, plain
+from hf_embed.checkpoint.tables import comparison_table, plain, seeds_table
 from hf_embed.objectives import OBJECTIVES
 from hf_embed.pooling import POOLINGS, Dense
 from hf_embed.training_record import on_the_hub, shown
@@ -45,7 +45,8 @@ def snippets(card: str) -> list[str]:
 def test_every_snippet_gives_the_encoders_vectors(tmp_path, pooling, normalize):
     model = tiny_model()
     model.config.return_dict = not normalize  # BUG: with False, the first snippet read attributes of a tuple
-    encoder = Encoder(model, small_tokenizer(), pooling, normalize=normalize).eval()
+    prompts = {"query": '\U0001f600 "`é:\n'}  # BUG: with an emoji, the first snippet raised an error
+    encoder = Encoder(model, small_tokenizer(), pooling, None, normalize, prompts, default_prompt_name="query").eval()
     encoder.save_pretrained(tmp_path)
     expected = encoder.encode(["a cat", "a dog sleeping by the fire"])
     found = snippets((tmp_path / "README.md").read_text())
@@ -167,6 +168,14 @@ def test_a_table_shows_tasks_of_users_own():
     scores = {"bitext": {"mine": {"bitext_accuracy": 30.0, "margin": 0.5}, "other": {"bitext_accuracy": None}}}
     lines = comparison_table({"before": scores, "after": scores})
     assert [line.split("  ")[0] for line in lines[1:]] == ["mine (bitext_accuracy)", "other (bitext_accuracy)"]
+
+
+@pytest.mark.parametrize("scores", [(None, 40.0, 50.0), (40.0, None, 50.0), (40.0, 50.0, None)])
+def test_the_table_of_seeds_has_no_number_over_a_collapsed_seed(scores):
+    """BUG: whether the minimum and the maximum left out a collapsed seed, whose score is null, depended on its place."""
+    seeds = {str(seed): {"sts": {"dev": score}} for seed, score in enumerate(scores)}
+    kept = next(seed for seed, score in enumerate(scores) if score == 40.0)
+    assert seeds_table({"seeds": seeds, "seed": kept})[1].split()[-4:] == ["nan", "nan", "nan", "40.00"]
 
 
 # ---- the title ----

@@ -33,15 +33,18 @@ def test_geometry_against_pairs():
     assert geometry(np.ones((5, 4)) / 2)["mean_cosine"] == pytest.approx(1)
 
 
-def test_high_frequency_against_one_text_at_a_time():
-    encoder = tiny_encoder()
+@pytest.mark.parametrize("prompt", ["", "rain: "])
+def test_high_frequency_against_a_loop(prompt):
+    """BUG: the texts had no default prompt, and if the tokenizer pads on the left, a GPT-2 read them at other positions."""
+    encoder = tiny_encoder(prompts={"d": prompt}, default_prompt_name="d")
+    encoder.tokenizer.padding_side = "left"
     expected = []
     for text in TEXTS[:3]:
-        ids = torch.tensor([encoder.tokenizer(text)["input_ids"]])
+        ids = torch.tensor([encoder.tokenizer(prompt + text)["input_ids"]])
         states = encoder.backbone(ids, output_hidden_states=True).hidden_states
         shares = [((s[0] - s[0].mean(0)).square().sum() / s[0].square().sum()).item() for s in states]
         expected.append(shares)
-    got = high_frequency(encoder, TEXTS[:3], batch=2)
+    got = high_frequency(encoder, TEXTS[:3])
     assert len(got) == encoder.config.num_hidden_layers + 1
     np.testing.assert_allclose(got, np.mean(expected, axis=0), rtol=1e-5)
 
@@ -59,6 +62,9 @@ def test_report(tmp_path):
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     assert report["cut"][0]["mean_cosine"] == pytest.approx(geometry(vectors)["mean_cosine"], abs=1e-5)
     assert encoder.max_length == 48
+    prompted = length_report(tiny_encoder(max_length=48, prompts={"d": "cat "}, default_prompt_name="d"), TEXTS, (32,))
+    counts = [len(encoder.tokenizer("cat " + text)["input_ids"]) for text in TEXTS]
+    assert prompted["cut"][0]["texts"] == sum(n >= 32 for n in counts) > sum(n >= 32 for n in tokens)
     assert collapse(report) == report["cut"][2]["mean_cosine"] - report["cut"][0]["mean_cosine"]
     assert sum(" tokens " in line for line in lines(report)) == 5
     with tempscale(encoder.backbone, 0.5):

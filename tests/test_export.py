@@ -213,7 +213,8 @@ def test_exporting_leaves_the_lora_model_as_it_was(tmp_path):
 
 @pytest.fixture
 def with_settings(tmp_path):
-    tiny_encoder(max_length=9, normalize=True, prompts={"query": "search: "}).save_pretrained(tmp_path)
+    # BUG: a number of NumPy raised a TypeError, at the end of a training
+    tiny_encoder(max_length=np.int64(9), normalize=True, prompts={"query": "search: "}).save_pretrained(tmp_path)
     return tmp_path
 
 

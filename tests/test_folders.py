@@ -390,6 +390,7 @@ REFUSED = {  # name -> (function that builds the folder, a part of the error mes
     "path outside": (other_module(MODULES + "Normalize", path="../elsewhere"), "'../elsewhere', which is outside"),
     "one name twice": (other_module(MODULES + "Normalize", name="1"), "with the name '1' of another module"),
     "a module without a type": (other_module(None), "which lacks a path or a type"),
+    "a length of zero": (keys(BERT, max_seq_length=0), "max_length is 0; it must be at least 1"),  # BUG: it was ignored
     "a length that is text": (keys(BERT, max_seq_length="64"), 'max_seq_length "64" in sentence_bert_config.json'),
     "a length of the tokenizer that is text": (keys("tokenizer_config.json", model_max_length="x"), "model_max_length 'x' in"),
     "a mode that is a number": (keys("1_Pooling/config.json", pooling_mode=3), "pooling_mode 3 in 1_Pooling/config.json"),

@@ -199,6 +199,18 @@ def test_the_check_disturbs_nothing():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+# BUG: with autocast the model was refused ("depends on the other texts of its batch"), and with inference_mode too.
+@pytest.mark.parametrize("context", [torch.inference_mode(), torch.no_grad(), torch.autocast("cpu", torch.bfloat16)])
+def test_an_encoder_is_made_saved_and_loaded_in_every_context(tmp_path, context):
+    model, tokenizer = tiny_model(), small_tokenizer()
+    with context:
+        Encoder(model, tokenizer).save_pretrained(tmp_path)
+        encoder = Encoder.from_pretrained(tmp_path)
+    assert encoder.packable is not None
+    encoder.embed(torch.tensor([[2, 9, 3]]), torch.ones(1, 3)).sum().backward()  # it can be trained
+    assert_allclose(encoder.encode(["a cat"]), Encoder(model, tokenizer).encode(["a cat"]))
+
+
 def test_weights_that_are_not_there_yet_are_left_alone():
     """While an FSDP rank waits for its weights, they are on the meta device."""
     encoder = Encoder(tiny_model("bert").to("meta"), small_tokenizer())

@@ -151,8 +151,8 @@ def test_a_log_whose_evaluation_does_not_come_is_not_lost():
 
 
 def test_written_numbers():
-    written = ["3.88", "0.420", "-1.72", "123", "1.23e-05", "0.00", "12.0", "nan", "7", "1,234", "word"]
-    numbers = [3.8751, 0.42, -1.718, 123.4, 1.23e-5, 0.0, 12.0, float("nan"), 7, 1234, "word"]
+    written = ["3.88", "0.420", "-1.72", "123", "1.23e-05", "0.00", "12.0", "nan", "7", "1,234", "word", "1,000", "999"]
+    numbers = [3.8751, 0.42, -1.718, 123.4, 1.23e-5, 0.0, 12.0, float("nan"), 7, 1234, "word", 999.7, 999.4]
     assert [digits(number) for number in numbers] == written
     assert digits(100.0, 4) == "100.0" and digits(12345.6) == "12,346"
     assert [duration(seconds) for seconds in (2.34, 59.6, 137.1, 7300)] == ["2.3 s", "1 min 0 s", "2 min 17 s", "2 h 1 min"]

@@ -8,6 +8,7 @@ import importlib.util
 import math
 import sys
 
+import numpy as np
 import pytest
 from conftest import WITHOUT_DEEPSPEED, error_of, tiny_encoder, tiny_model
 from datasets import Dataset, IterableDataset
@@ -67,6 +68,9 @@ def test_a_table_is_checked():
         check_ranges(Settings(**settings), {"count": COUNT, "perhaps": Range(above=0), "many": COUNT})
 
     check(count=1, perhaps=None, many=[2, 3], switch=True, kind="b")
+    settings = Settings(count=np.int64(2), perhaps=np.float32(0.5), switch=np.bool_(True))  # BUG: these were no JSON
+    check_ranges(settings, {"count": COUNT, "perhaps": Range(above=0)})
+    assert [type(value) for value in dataclasses.astuple(settings)] == [int, float, list, bool, str]
     assert error_of(check, count=0) == "count is 0; it must be at least 1 and whole"
     assert error_of(check, count=None) == "count is None; it must be at least 1 and whole"
     assert error_of(check, many=[2, 0]) == "many is 0; it must be at least 1 and whole"

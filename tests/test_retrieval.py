@@ -6,6 +6,7 @@ Also exact search, the files of evaluation sets, and the error messages for wron
 import dataclasses
 import gzip
 import inspect
+import itertools
 import json
 import logging
 import math
@@ -177,6 +178,19 @@ def test_equal_cosines_are_ranked_by_the_id_at_the_cut_too(documents):
     assert smallest.per_query(three_numbers)[0]["recall@10"] == (1.0 if documents <= 10 else 0.0)
 
 
+@pytest.mark.parametrize("block", [1, 3, 1024])
+def test_equal_documents_are_ranked_by_the_id_however_their_vectors_are_rounded(block, monkeypatch):
+    """BUG: each copy of a document was encoded, so rounding errors, which depend on the batches, decided between the copies."""
+    monkeypatch.setattr("hf_embed.evaluation.tasks.BATCH", block)
+    task = Retrieval({"q": "question"}, {f"d{i}": "same" for i in range(7)} | {"y": "far"}, {"q": {"d3": 1}}, cutoffs=(10,))
+    calls = itertools.count()
+
+    def rounded(texts, prompt_name=None):  # another direction in each call, and in each place of a call
+        return three_numbers(texts) + 1e-2 * torch.rand(len(texts), 3, generator=torch.Generator().manual_seed(next(calls)))
+
+    assert task.rank(rounded, 10)[1] == {"q": ["d6", "d5", "d4", "d3", "d2", "d1", "d0", "y"]}
+
+
 def test_equal_nearest_documents_are_no_collapse_if_others_are_farther():
     """BUG: the scores were NaN if the nearest documents of every query had equal cosines."""
     task = Retrieval({"q": "question"}, {f"d{i}": "same" for i in range(40)} | {"y": "far"}, {"q": {"d9": 1}}, cutoffs=(10,))
@@ -323,6 +337,11 @@ def test_zero_shot_is_the_nearest_label():
     assert scores["accuracy"] == pytest.approx(100 * accuracy_score(labels, predicted))
     assert scores["f1"] == pytest.approx(100 * f1_score(labels, predicted, average="macro", labels=range(4), zero_division=0))
     assert set(predicted) != {0}
+    # BUG: the F1 of a label that no text has and that is not predicted, which is undefined, counted as 0.
+    some = [i for i in range(60) if labels[i] != 3 and predicted[i] != 3]
+    without = ZeroShot([texts[i] for i in some], [labels[i] for i in some], names).score(embed)
+    expected = f1_score([labels[i] for i in some], [predicted[i] for i in some], average="macro")
+    assert without["f1"] == pytest.approx(100 * expected)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import error_of
+from conftest import error_of, tiny_encoder
 from sentence_transformers.util import semantic_search as theirs
 
 from hf_embed import search, semantic_search
@@ -56,6 +56,15 @@ def test_small_vectors(blocks, precision, full_queries):
 def test_a_memory_map(tmp_path):
     np.save(tmp_path / "corpus.npy", CORPUS)
     same(semantic_search(QUERIES, np.load(tmp_path / "corpus.npy", mmap_mode="r")), semantic_search(QUERIES, CORPUS))
+
+
+# BUG: such arrays were refused ("give an array (N, D)"), or ended in a TypeError.
+@pytest.mark.parametrize("array", [CORPUS[::-1], CORPUS.astype(">f4")], ids=["reversed", "big-endian"])
+def test_every_array_is_searched_and_compared(array):
+    plain = array.astype(np.float32, order="C")
+    assert semantic_search(array[:3], array) == semantic_search(plain[:3], plain)
+    encoder = tiny_encoder()
+    assert torch.equal(encoder.similarity(array[:3], array), encoder.similarity(plain[:3], plain))
 
 
 def test_no_corpus_gives_no_hits():

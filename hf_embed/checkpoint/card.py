@@ -271,7 +271,7 @@ def snippet_fields(encoder: Encoder) -> dict[str, str]:
         "loader": loader,
         "imports": ", ".join(sorted([loader, "AutoTokenizer"])),
         "texts": json.dumps(TEXTS),
-        "prompted": json.dumps([encoder.prompt() + text for text in TEXTS]).replace("`", "\\u0060"),
+        "prompted": json.dumps([encoder.prompt() + text for text in TEXTS], ensure_ascii=False).replace("`", "\\u0060"),
         "vectors": "\n".join(vector_lines(encoder)),
     }
 

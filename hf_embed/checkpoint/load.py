@@ -37,6 +37,7 @@ HUB = ("revision", "token", "cache_dir", "local_files_only")
 MOST_TOKENS = 10**9
 
 
+@torch.inference_mode(False)  # a model that is loaded in inference mode could not be checked, and never be trained
 def load_encoder(
     cls: type[Encoder],
     name: str,

@@ -214,7 +214,7 @@ def read_transformer(
         raise files.refused(
             f"do_lower_case in {module.file}", "set it in tokenizer_config.json, or load it with sentence-transformers"
         )
-    if config.get("max_seq_length"):
+    if config.get("max_seq_length") is not None:
         return {"max_length": config["max_seq_length"]}
     positions = getattr(backbone.config, "max_position_embeddings", None) or -1  # XLNet states -1
     return {"max_length": int(min(longest, positions) if positions > 0 else longest)}

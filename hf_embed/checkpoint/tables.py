@@ -13,6 +13,8 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+
 from hf_embed.progress import duration
 
 # The metric that tables show for a kind of evaluation set, and its label. For other kinds it is the first metric.
@@ -54,8 +56,8 @@ def seeds_table(results: Results) -> list[str]:
     width = max(map(len, kept))
     lines = [f"{f'{len(seeds)} seeds':{width}}  {'mean':>8}  {'min':>8}  {'max':>8}  {'seed ' + str(results['seed']):>8}"]
     for label, value in kept.items():
-        values, digits = [scores[label] for scores in seeds.values()], digits_of(label)
-        numbers = (sum(values) / len(values), min(values), max(values), value)
+        values, digits = np.array([scores[label] for scores in seeds.values()]), digits_of(label)
+        numbers = (values.mean(), values.min(), values.max(), value)  # NaN if one of the seeds has no number
         lines.append(f"{label:{width}}  " + "  ".join(f"{number:8.{digits}f}" for number in numbers))
     return lines
 

@@ -218,12 +218,22 @@ def leave_out(rows: Dataset | IterableDataset, columns: list[str], name: str) ->
 def read_texts(path: str) -> list[str]:
     """Read the texts of a txt file (one per line), or of the column text (or sentence) of another file. Skip empty texts."""
     rows = read_file(path)
-    column = text_columns(rows.column_names, path, paired=False)[0]
+    column = text_column(rows.column_names, path, "rename the column of the texts to text")
     texts = rows[column][:]
     for i, text in enumerate(texts, 1):
         if text is not None and not isinstance(text, str):
             raise InputError(f"{path}, row {i}, column '{column}': the text is not a string ({text!r}); convert it to a string")
     return [text for text in texts if text and text.strip()]
+
+
+def text_column(names: list[str], path: str, mend: str) -> str:
+    """Return the column text (or sentence), or the only one, for a command without `--columns`. Otherwise, advise `mend`."""
+    try:
+        return text_columns(names, path, paired=False)[0]
+    except InputError as error:
+        if len(names) < 2:
+            raise
+        raise InputError(f"{path}: found the columns {', '.join(names)}; {mend}") from error
 
 
 def cell_text(cell: object, where: str) -> str:

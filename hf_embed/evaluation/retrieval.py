@@ -128,10 +128,11 @@ class Retrieval(EvaluationTask):
         """Return the largest and the smallest cosines of each query, and the ids of the k nearest documents, best first.
 
         Of documents with equal cosines, the larger id comes first, as in trec_eval. Each rank encodes and searches its share of
-        the corpus block by block. The embeddings are not kept.
+        the different texts of the corpus block by block. The embeddings are not kept.
         """
         rank, ranks = get_rank(), get_world_size()
         ids = sorted(self.corpus, key=str, reverse=True)  # of equal scores, the search takes the first
+        texts = list(dict.fromkeys(map(self.corpus.__getitem__, ids)))  # so the cosines of equal documents are exactly equal
         queries = torch.from_numpy(embed_on_all_ranks([self.queries[q] for q in self.qrels], embed, "query"))
         smallest = [queries.new_empty(len(queries), 0, dtype=torch.float32)]
 
@@ -140,15 +141,20 @@ class Retrieval(EvaluationTask):
             smallest.extend([scores.amin(1, keepdim=True).cpu()] if len(block) else [])
             return scores
 
-        documents = embed_own_share([self.corpus[i] for i in ids], embed, "document")
+        documents = embed_own_share(texts, embed, "document")
         blocks = (F.normalize(block.float(), dim=-1) for block in documents)  # searched on the device that encoded them
         scores, numbers = exact_search(F.normalize(queries.float(), dim=-1), blocks, k + 1, cosines)
         parts = gather_objects((scores.cpu(), numbers.cpu() * ranks + rank, torch.cat(smallest, dim=1)))
         scores, numbers, lowest = (torch.cat(part, dim=1) for part in zip(*parts))
+        places: dict[str, list[int]] = {texts[number]: [] for number in numbers.unique().tolist()}
+        for place, name in enumerate(ids):
+            if self.corpus[name] in places:
+                places[self.corpus[name]].append(place)
         found = {}
         for query, row in zip(self.qrels, zip(scores.tolist(), numbers.tolist())):
-            ranked = [ids[number] for _, number in sorted(zip(*row), key=lambda found: (-found[0], found[1]))]
-            found[query] = [document for document in ranked if not (document == query and query in self.itself)][:k]
+            ranked = sorted((-score, place) for score, number in zip(*row) for place in places[texts[number]][: k + 1])
+            nearest = [ids[place] for _, place in ranked]
+            found[query] = [document for document in nearest if not (document == query and query in self.itself)][:k]
         return torch.cat([scores, lowest], dim=1), found
 
 

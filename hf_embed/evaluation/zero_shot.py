@@ -52,7 +52,7 @@ class ZeroShot(EvaluationTask):
             )
 
     def score(self, embed: Embed) -> dict[str, float]:
-        """Return accuracy and f1 (the mean over the labels) of `embed`, x 100.
+        """Return accuracy and f1 of `embed`, x 100. f1 is the mean over the labels that texts have or that are predicted.
 
         They are NaN, with a warning, if each text has equal cosines with all labels, or a cosine is not finite.
         """
@@ -62,9 +62,9 @@ class ZeroShot(EvaluationTask):
             return unranked(self.reported, f"accuracy is NaN for {len(self.texts)} texts")
         predicted, wanted = cosines.argmax(1), np.array(self.labels)
         f1 = []
-        for label in range(len(self.label_texts)):
+        for label in np.union1d(predicted, wanted):
             hits = ((predicted == label) & (wanted == label)).sum()
-            f1.append(2 * hits / max(1, (predicted == label).sum() + (wanted == label).sum()))
+            f1.append(2 * hits / ((predicted == label).sum() + (wanted == label).sum()))
         return {"accuracy": 100 * float((predicted == wanted).mean()), "f1": 100 * float(np.mean(f1))}
 
 

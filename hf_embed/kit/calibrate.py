@@ -235,11 +235,14 @@ def check_request(temperature: float | None, tasks: Mapping[str, Task], folder: 
         overwrite: files in the output folder may be replaced.
 
     Raises:
-        InputError: if both a temperature and data for a search are given, or if the output folder cannot be written, is the
-            model's own folder, or holds files that may not be replaced.
+        InputError: if both a temperature and data for a search are given, if a set has the name of another column of the
+            results, or if the output folder cannot be written, is the model's own folder, or holds files that may not be
+            replaced.
     """
     if temperature is not None and tasks:
         raise InputError(f"--temperature {temperature:g} needs no search, but data for a search is given; remove one of them")
+    if taken := sorted(tasks.keys() & {"temperature", "mean"}):
+        raise InputError(f"evaluation set '{taken[0]}': another column of the results has this name; rename the evaluation set")
     check_folder_to_fill(folder, [str(model)], overwrite)
 
 

@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from datasets import Column
 
-from hf_embed.data.columns import text_columns
-from hf_embed.data.sources import read_file
+from hf_embed.data.sources import read_file, text_column
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.kit.plan import TRUST
@@ -92,13 +91,7 @@ def read_column(path: str, column: str | None = None) -> tuple[str, Column]:
     """
     rows = read_file(path)
     if column is None:
-        try:
-            column = text_columns(rows.column_names, path, paired=False)[0]
-        except InputError as error:
-            if len(rows.column_names) < 2:
-                raise
-            found = ", ".join(rows.column_names)
-            raise InputError(f"{path}: found the columns {found}; give the column of the texts with --column NAME") from error
+        column = text_column(rows.column_names, path, "give the column of the texts with --column NAME")
     if column not in rows.column_names:
         raise InputError(f"{path}: there is no column '{column}'; found {', '.join(rows.column_names)}")
     return column, rows[column]

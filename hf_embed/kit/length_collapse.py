@@ -11,7 +11,7 @@ each group of N texts:
     high_frequency   after each layer: the energy of the tokens' hidden states outside their mean over the text, as a share of
                      the whole energy. A low-pass filter removes this part. The first number is for the word embeddings
 
-Shapes: N texts, B texts of a batch, T tokens, D width of the model.
+Shapes: N texts, T tokens, D width of the model.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_embed.encoder import Encoder
+from hf_embed.encoder import Encoder, tokenize_texts
+from hf_embed.encoding import Tokens
 from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import uniformity, unit
 from hf_embed.progress import progress_bar
@@ -55,7 +56,7 @@ def length_report(encoder: Encoder, texts: list[str], wanted: Sequence[int] = LE
     lengths = sorted({min(length, encoder.max_length) for length in wanted})
     if len(texts) < 2:
         raise InputError(f"{len(texts)} text(s) are given, and at least 2 are needed; give more texts")
-    tokens = np.array([len(ids) for ids in encoder.tokenizer(texts, verbose=False)["input_ids"]])
+    tokens = np.array(list(map(len, token_ids(encoder, texts))))
     enough = min(100, max(2, len(texts) // 2))
     filled = [length for length in lengths if (tokens >= length).sum() >= enough]
     if not filled:
@@ -99,28 +100,23 @@ def geometry(vectors: np.ndarray) -> dict[str, float]:
 
 
 @torch.inference_mode()
-def high_frequency(encoder: Encoder, texts: list[str], batch: int = 8) -> list[float]:
+def high_frequency(encoder: Encoder, texts: list[str]) -> list[float]:
     """Return the mean over the texts of "high_frequency", as the module docstring defines it.
 
     The list has one number for the word embeddings, and one for each layer.
     """
     shares = []
-    for start in progress_bar(range(0, len(texts), batch), desc="Layers", unit="batch"):
-        inputs = encoder.tokenizer(
-            texts[start : start + batch], truncation=True, max_length=encoder.max_length, padding=True, return_tensors="pt"
-        ).to(encoder.device)
-        mask = inputs["attention_mask"].unsqueeze(-1)  # (B, T, 1)
-        states = encoder.backbone(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], output_hidden_states=True
-        ).hidden_states
-        for_text = []
-        for state in states:  # (B, T, D)
-            state = state.float() * mask
-            mean = state.sum(1) / mask.sum(1)
-            energy = state.square().sum((1, 2))
-            for_text.append(1 - mask.sum((1, 2)) * mean.square().sum(1) / energy)
-        shares.append(torch.stack(for_text).cpu())
-    return torch.cat(shares, dim=1).mean(1).tolist()
+    for ids in progress_bar(token_ids(encoder, texts), desc="Layers", unit="text"):  # one at a time, so without padding
+        row = torch.tensor([ids], device=encoder.device)
+        states = encoder.backbone(row, attention_mask=torch.ones_like(row), output_hidden_states=True).hidden_states
+        of_layers = (state[0].float() for state in states)  # (T, D)
+        shares.append([float((state - state.mean(0)).square().sum() / state.square().sum()) for state in of_layers])
+    return np.mean(shares, axis=0).tolist()
+
+
+def token_ids(encoder: Encoder, texts: list[str]) -> Tokens:
+    """Return the token ids of texts as `encode` passes them to the model: with the default prompt, and truncated."""
+    return tokenize_texts(encoder, [encoder.prompt() + text for text in texts])
 
 
 def collapse(report: Report) -> float:

@@ -102,8 +102,7 @@ class DataArguments:
     """Flags of the training rows."""
 
     train_file: str | None = field(
-        default=None,
-        metadata={"help": "Training file: txt, csv, tsv, jsonl or parquet, gzipped or not. Default: the quickstart texts."},
+        default=None, metadata={"help": "Training file: txt, csv, tsv, jsonl or parquet, gzipped or not."}
     )
     dataset_name: str | None = field(default=None, metadata={"help": "Name of a Hub dataset, instead of a file."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the Hub dataset."})

@@ -145,7 +145,9 @@ def check_unscaled(model: PreTrainedModel) -> None:
         raise InputError(f"TempScale is already applied to this model ({applied.config}); call remove_tempscale first")
     entry = stated(model)
     if entry.get("folded"):
-        raise InputError(f"TempScale is already folded into this model's weights ({entry}); call unfold_tempscale first")
+        raise InputError(
+            f"TempScale is already folded into this model's weights ({entry}); call hf_embed.tempscale.unfold_tempscale first"
+        )
 
 
 def stated(model: PreTrainedModel) -> dict[str, Any]:
