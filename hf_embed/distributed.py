@@ -12,12 +12,12 @@ import functools
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_embed.errors import InputError
 
@@ -76,10 +76,13 @@ def gather_rows(rows: Tensor) -> Tensor:
     return rows if get_world_size() == 1 else _AllGather.apply(rows)
 
 
-def same_on_all_ranks(tensor: Tensor) -> None:
-    """Replace a tensor by the one of the main process, in place."""
+def take_weights_of_main(module: nn.Module) -> None:
+    """Replace the weights of a module by those of the main process, as DDP does when it wraps the module."""
     if get_world_size() > 1:
-        dist.broadcast(tensor, 0)
+        for parameter in module.parameters():
+            whole = parameter.detach().contiguous()
+            dist.broadcast(whole, 0)
+            parameter.detach().copy_(whole)
 
 
 def mean_over_ranks(tensor: Tensor) -> Tensor:
@@ -99,6 +102,19 @@ def gather_objects(thing: Gathered) -> list[Gathered]:
     gathered = [thing] * ranks  # placeholders that `all_gather_object` overwrites
     dist.all_gather_object(gathered, thing)
     return gathered
+
+
+def check_same(what: str, value: Hashable) -> None:
+    """Raise InputError on every rank if `value` is not the same on all of them. Every rank must call this.
+
+    `what` names it in the message, in the plural.
+    """
+    values = gather_objects(value)
+    if other := [str(rank) for rank, of_rank in enumerate(values) if of_rank != values[0]]:
+        raise InputError(
+            f"{what} of rank {', '.join(other)} differ from those of rank 0; give all ranks the same, in the same order (a set "
+            "has another order in each process)"
+        )
 
 
 def on_main(make: Callable[[], Gathered]) -> Gathered:

@@ -58,6 +58,8 @@ WARNED_SETTINGS = (
     "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "seed", "data_seed", "gradient_accumulation_steps",
     "per_device_train_batch_size", "dataloader_drop_last", "mixed_precision",
 )  # fmt: skip
+# Facts that must be the same on all ranks.
+SAME_ON_RANKS = ("data", "seed_of_rows", "objective", "encoder", "config", "parameters", "optimizer", "settings")
 
 
 # ---- the description of a run ----
@@ -249,13 +251,18 @@ def optimizer_class(trainer: "ContrastiveTrainer") -> str:
 
 
 def check_ranks_alike(facts: list[Facts]) -> None:
-    """Raise InputError if ranks would train on different rows. `facts` has the description of each rank, in rank order."""
-    other = [str(rank) for rank, of_rank in enumerate(facts) if of_rank["data"] != facts[0]["data"]]
-    if other:
-        changes = changes_of(facts[0]["data"], facts[int(other[0])]["data"], "is", f"on rank {other[0]}")
+    """Raise InputError if ranks have different rows, settings or parameters. `facts` describes each rank, in rank order.
+
+    Ranks may have different seeds, as long as they draw the same rows.
+    """
+    alike = [{name: of_rank[name] for name in SAME_ON_RANKS} for of_rank in facts]
+    for of_rank in alike:
+        of_rank["settings"] = of_rank["settings"] | {"seed": None}
+    if other := [rank for rank, of_rank in enumerate(alike) if of_rank != alike[0]]:
+        changes = changes_of(alike[0], alike[other[0]], "is", f"on rank {other[0]}")
         raise InputError(
-            f"ranks read different rows: rank 0 differs from rank {', '.join(other)} ({'; '.join(changes)}); give all ranks "
-            "the same files"
+            f"rank 0 differs from rank {', '.join(map(str, other))}: {'; '.join(changes[:3])}; give all ranks the same rows "
+            "and settings"
         )
 
 

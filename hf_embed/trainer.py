@@ -35,7 +35,7 @@ from hf_embed.data.collator import RaggedCollator, further_arguments, to_rows
 from hf_embed.data.mixture import Mixture
 from hf_embed.data.python_rows import RowData
 from hf_embed.data.training_rows import batch_sampler, make_loader
-from hf_embed.distributed import gather_rows
+from hf_embed.distributed import gather_rows, take_weights_of_main
 from hf_embed.encoder import embed_tokens
 from hf_embed.encoding import tokenize_texts
 from hf_embed.errors import InputError, without_secrets
@@ -166,6 +166,8 @@ class ContrastiveTrainer(GuardedTrainer):
         self.step.sharded = self.sharded
         if self.sharded and in_4_bits(self.encoder.backbone):
             raise InputError("weights in 4 bits cannot be sharded (FSDP, DeepSpeed); train on one GPU or with DDP")
+        if not self.sharded:
+            take_weights_of_main(self.step)  # otherwise, an evaluation before the training could mix several models
         adapted = self.sharded and has_adapters(self.encoder.backbone)
         self.unsharded = without_weights(self.encoder.backbone) if adapted else None  # adapters are merged into a copy of it
         check_kernel(self.encoder.backbone, args.device)

@@ -17,6 +17,7 @@ from hf_embed.data.python_rows import RowData
 from hf_embed.data.sources import texts_of
 from hf_embed.data.training_rows import TrainData, batch_sampler, check_objective, tokenize_all
 from hf_embed.data.vector_file import VectorFile
+from hf_embed.distributed import check_same
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.evaluation.held_out import HeldOut, HeldOutLoss, seen_in_training
@@ -25,6 +26,7 @@ from hf_embed.evaluation.tasks import Embed, Task, embed_on_all_ranks
 from hf_embed.fingerprint import tokenizer_facts
 from hf_embed.objectives import Objective
 from hf_embed.progress import hidden_bars
+from hf_embed.resume import rows_hash
 from hf_embed.step import TrainingStep
 from hf_embed.teacher import with_teacher
 from hf_embed.trainer_inputs import EvalSets, as_tasks, stored_rows, with_metrics
@@ -85,7 +87,8 @@ def make_held_out(
     A warning counts the held-out rows that are also training rows (`training`).
 
     Raises:
-        InputError: if a batch would have one row, and so no negatives, or if something is wrong with the rows.
+        InputError: if a batch would have one row, and so no negatives, if something is wrong with the rows, or if the ranks
+            have different rows.
     """
     made = dict(tasks)
     batch_size = args.per_device_eval_batch_size * args.world_size
@@ -102,6 +105,7 @@ def make_held_out(
         with args.main_process_first(desc="tokenizing"), hidden_bars(bool(args.disable_tqdm)):
             rows, views = tokenize_all(stored_rows(task.rows, name), step.encoder, encoding, objective, name, paired=True)
         table = cast(Dataset, rows)
+        check_same(f"{name}: the rows", rows_hash(table))
         check_objective(objective, table, max(views), name)
         (table,), vectors = with_teacher([table], [objective], args, step.encoder.full_dimension)
         loss = made[name] = HeldOutLoss(table, objective, batch_size, step, args.chunk_tokens, vectors=vectors)

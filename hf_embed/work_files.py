@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from hf_embed.disk import check_file
-from hf_embed.distributed import get_rank, get_world_size
+from hf_embed.distributed import check_same, get_rank, get_world_size
 from hf_embed.errors import InputError, utf8
 from hf_embed.progress import progress_bar
 from hf_embed.ranks import writing_alone
@@ -58,8 +58,10 @@ def claimed(folder: Path, identity: str) -> Iterator[None]:
     """Claim a work folder that is new or comes from a run with the same identity. No other process can use it until the end.
 
     Raises:
-        InputError: if another process uses the folder, or if a run with another identity left it.
+        InputError: if another process uses the folder, if a run with another identity left it, or if the ranks' identities
+            differ.
     """
+    check_same("the texts, the model or the settings", identity)
     with writing_alone(folder):
         path = folder / "identity"
         if path.is_file() and path.read_bytes() != identity.encode():  # bytes, because a damaged file may be no text

@@ -19,7 +19,7 @@ from test_distributed import run as launched
 from test_trainer import NO_DROPOUT, ROWS, STS, arguments
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import ExportableState
-from worker import BATCH
+from worker import BATCH, WORDS
 
 from hf_embed import ContrastiveTrainer, Encoder, ImprovedContrastive, SimCSE, resume
 from hf_embed.evaluation.tasks import EvaluationTask
@@ -503,10 +503,8 @@ def test_ranks_that_read_different_rows_are_named(tmp_path):
     facts = [resume.facts_of(trainer(tmp_path, rows=rows)) for rows in (ROWS, ROWS, ROWS[:8])]
     resume.check_ranks_alike(facts[:2])
     message = error_of(resume.check_ranks_alike, facts)
-    assert (
-        "rank 0 differs from rank 2 (the rows: their content differs; the rows: number of rows is 12 and on rank 2 8)"
-        in message
-    )
+    differences = "data: the rows: their content differs; data: the rows: number of rows is 12 and on rank 2 8"
+    assert f"rank 0 differs from rank 2: {differences}; give all ranks the same" in message
 
 
 def ranks(facts, number: int, batch: int, **settings) -> dict:
@@ -587,12 +585,29 @@ def test_two_ranks_write_one_whole_checkpoint(two_ranks):
 
 
 @pytest.mark.slow
+def test_ranks_evaluate_one_model_before_the_training(two_ranks):
+    """BUG: until the training began, each rank encoded its share of the texts with its own model."""
+    folder, _, seen = two_ranks
+    expected = worker_resume.make_trainer(folder / "alone", batch=BATCH).predict(Dataset.from_dict({"text": WORDS}))
+    assert abs(seen["before training"].numpy() - expected.predictions).max() < 1e-6
+
+
+@pytest.mark.slow
 def test_every_rank_is_told_the_same(two_ranks):
     _, _, seen = two_ranks
     for case, message in (
-        ("other rows", "ranks read different rows: rank 0 differs from rank 1 (the rows: their content differs)"),
+        ("other rows", "rank 0 differs from rank 1: data: the rows: their content differs; give all ranks the same rows"),
         ("fewer rows", "number of rows is 24 and on rank 1 22"),
         ("other batch", "the number of ranks was 1 and is 2: --per_device_train_batch_size 6"),
         ("no checkpoint", "there is no checkpoint"),
+        # BUG: each rank drew its rows, or updated its weights, in its own way.
+        ("other seed", "rank 0 differs from rank 1: seed_of_rows is 0 and on rank 1 1"),
+        ("other dropout", "done"),
+        ("other rate", "rank 0 differs from rank 1: settings: learning_rate is 0.001 and on rank 1 0.002"),
+        # BUG: each rank encoded its share of its own list of texts, so vectors were taken for those of other texts.
+        ("other texts", "the texts of rank 1 differ from those of rank 0"),
+        ("other held-out rows", "held: the rows of rank 1 differ from those of rank 0"),
+        ("other corpus", "the texts, the model or the settings of rank 1 differ from those of rank 0"),
+        ("other teacher", "the teacher or the training texts of rank 1 differ from those of rank 0"),
     ):
         assert len(set(seen[case])) == 1 and message in seen[case][0], case

@@ -7,6 +7,7 @@ accelerate launch --config_file recipes/accelerate/cpu_2.yaml tests/worker_resum
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, os.path.dirname(__file__))
@@ -14,32 +15,38 @@ import torch
 from accelerate import PartialState
 from conftest import small_tokenizer, tiny_model
 from datasets import Dataset
-from worker import BATCH, NO_DROPOUT, ROWS
+from worker import BATCH, NO_DROPOUT, ROWS, WORDS
 
-from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, InputError
+import hf_embed.teacher
+from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, InputError, mine_hard_negatives
 from hf_embed.checkpoint import whole
 from hf_embed.distributed import gather_objects, get_rank, get_world_size
+from hf_embed.teacher import vectors_of
 
 
-def make_trainer(folder, rows: list[dict] = ROWS, batch: int = BATCH // 2, **settings) -> ContrastiveTrainer:
+def make_trainer(
+    folder, rows: list[dict] = ROWS, batch: int = BATCH // 2, model_seed: int = 0, sets=None, **settings
+) -> ContrastiveTrainer:
     """Return a trainer of 5 steps, two per epoch, in float64, without dropout, and with `batch` rows on each rank."""
     args = ContrastiveTrainingArguments(
-        str(folder), per_device_train_batch_size=batch, max_steps=5, save_steps=1, learning_rate=1e-3, report_to=[],
-        disable_tqdm=True, use_cpu=True, **settings,
+        str(folder), per_device_train_batch_size=batch, max_steps=5, save_steps=1, report_to=[], disable_tqdm=True,
+        use_cpu=True, **({"learning_rate": 1e-3} | settings),
     )  # fmt: skip
-    model, tokenizer = tiny_model(**NO_DROPOUT).double(), small_tokenizer()
-    return ContrastiveTrainer(model=model, processing_class=tokenizer, args=args, train_dataset=Dataset.from_list(rows))
+    return ContrastiveTrainer(
+        model=tiny_model(seed=model_seed, **NO_DROPOUT).double(), processing_class=small_tokenizer(), args=args,
+        train_dataset=Dataset.from_list(rows), eval_dataset=sets,
+    )  # fmt: skip
 
 
 def weights_of(trainer: ContrastiveTrainer) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in trainer.step.named_parameters()}
 
 
-def refusal_of(trainer: ContrastiveTrainer, resume: str | None = None) -> list[str]:
-    """Train, and return the error message of each rank, or "trained"."""
+def refusal_of(function: Callable, *args, **named) -> list[str]:
+    """Call a function, and return the error message of each rank, or "done"."""
     try:
-        trainer.train(resume)
-        message = "trained"
+        function(*args, **named)
+        message = "done"
     except InputError as error:
         message = str(error)
     return gather_objects(message)
@@ -47,12 +54,16 @@ def refusal_of(trainer: ContrastiveTrainer, resume: str | None = None) -> list[s
 
 def main(folder: Path) -> None:
     PartialState()  # initializes the process group
+    hf_embed.teacher.cache_folder = lambda: folder / "cache"
     whole_run = make_trainer(folder / "two", save_total_limit=3)
     whole_run.train()
     resumed = make_trainer(folder / "resumed")
     resumed.train(str(folder / "one" / "checkpoint-3"))
-    own = ROWS if get_rank() == 0 else ROWS[::-1]
-    fewer = ROWS if get_rank() == 0 else ROWS[:-2]
+    rank = get_rank()
+    own = ROWS if rank == 0 else ROWS[::-1]
+    fewer = ROWS if rank == 0 else ROWS[:-2]
+    texts = [row["anchor"] for row in own]
+    mixed = make_trainer(folder / "other", model_seed=rank)
     seen = {
         "ranks": get_world_size(),
         "whole": weights_of(whole_run),
@@ -60,11 +71,21 @@ def main(folder: Path) -> None:
         "kept": sorted(whole.checkpoints_in(folder / "two").values()),
         "files": whole.names_in(folder / "two" / "checkpoint-3"),
         "damage": whole.damage(folder / "two" / "checkpoint-3"),
-        "other rows": refusal_of(make_trainer(folder / "other", own)),
-        "fewer rows": refusal_of(make_trainer(folder / "other", fewer)),
-        "other batch": refusal_of(make_trainer(folder / "other", batch=BATCH), str(folder / "one" / "checkpoint-3")),
-        "no checkpoint": refusal_of(make_trainer(folder / "other"), str(folder / "nowhere")),
-    }
+        "before training": torch.from_numpy(mixed.predict(Dataset.from_dict({"text": WORDS})).predictions),
+        "other rows": refusal_of(make_trainer(folder / "other", own).train),
+        "fewer rows": refusal_of(make_trainer(folder / "other", fewer).train),
+        "other seed": refusal_of(make_trainer(folder / "other", seed=rank).train),
+        "other dropout": refusal_of(make_trainer(folder / "other", seed=rank, data_seed=1).train),
+        "other rate": refusal_of(make_trainer(folder / "other", learning_rate=1e-3 * (1 + rank)).train),
+        "other batch": refusal_of(make_trainer(folder / "other", batch=BATCH).train, str(folder / "one" / "checkpoint-3")),
+        "other texts": refusal_of(mixed.predict, Dataset.from_dict({"text": texts})),
+        "other held-out rows": refusal_of(make_trainer, folder / "other", sets={"held": Dataset.from_list(own)}),
+        "other corpus": refusal_of(
+            mine_hard_negatives, Dataset.from_list(ROWS), mixed.encoder, texts, folder / "mined.jsonl", num_negatives=1
+        ),
+        "other teacher": refusal_of(vectors_of, mixed.encoder, texts),
+        "no checkpoint": refusal_of(make_trainer(folder / "other").train, str(folder / "nowhere")),
+    }  # fmt: skip
     if get_rank() == 0:
         torch.save(seen, folder / "seen.pt")
 

@@ -17,10 +17,11 @@ from typing import ClassVar, Protocol, runtime_checkable
 import numpy as np
 from torch import Tensor
 
-from hf_embed.distributed import gather_objects, get_rank, get_world_size
+from hf_embed.distributed import check_same, gather_objects, get_rank, get_world_size
 from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import cosines_of, unit
 from hf_embed.progress import progress_bar
+from hf_embed.work_files import digest
 
 logger = logging.getLogger(__name__)
 
@@ -193,8 +194,13 @@ def embed_own_share(texts: list[str], embed: Embed, prompt_name: str | None = No
     """Yield the embeddings of this rank's texts, which have the indices rank, rank + ranks, rank + 2 * ranks ...
 
     Each yielded tensor has the shape (up to `BATCH`, D).
+
+    Raises:
+        InputError: if the ranks have different texts, or the same texts in another order.
     """
     rank, ranks = get_rank(), get_world_size()
+    if ranks > 1:
+        check_same("the texts", digest(texts))
     own = texts[rank::ranks]
     # Every rank makes the same number of calls, because with FSDP each call runs collectives.
     calls = math.ceil(math.ceil(len(texts) / ranks) / BATCH)

@@ -24,7 +24,7 @@ from transformers import BertTokenizer, PreTrainedModel
 
 from hf_embed.data.sources import read_texts
 from hf_embed.disk import check_folder
-from hf_embed.distributed import get_rank, get_world_size, is_main_process, mean_over_ranks, same_on_all_ranks
+from hf_embed.distributed import get_rank, get_world_size, is_main_process, mean_over_ranks, take_weights_of_main
 from hf_embed.errors import InputError, in_short
 from hf_embed.progress import progress_bar, quiet_libraries
 from hf_embed.ranges import COUNT, POSITIVE, SEED
@@ -154,8 +154,7 @@ def train(
     if checkpoint.is_file():
         first, seen, losses, mean = load(checkpoint, module, optimizer, schedule)
         say(f"resuming at step {first} of {steps}")
-    for tensor in module.state_dict().values():
-        same_on_all_ranks(tensor)
+    take_weights_of_main(module)
     started, before = time.perf_counter(), seen
     with progress_bar(total=steps, desc="Training", unit="step") as bar:
         bar.update(first)
