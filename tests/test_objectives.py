@@ -11,7 +11,7 @@ from conftest import error_of
 from torch.testing import assert_close
 
 from hf_embed import InputError, Matryoshka, SimCSE, objectives
-from hf_embed.objectives import OBJECTIVES, ContrastiveObjective, Objective, as_objective
+from hf_embed.objectives import OBJECTIVES, Objective, as_objective
 
 ROWS, DIM = 6, 5
 
@@ -198,8 +198,8 @@ def test_what_a_callable_says_of_itself_is_kept():
 def test_registered_objectives_are_objectives(name):
     kind = OBJECTIVES[name]
     objective = kind(SimCSE(), (2,)) if kind is Matryoshka else kind()
-    lacking = [attribute for attribute in dir(ContrastiveObjective) if not hasattr(objective, attribute)]
-    assert not lacking, f"{name} lacks {', '.join(lacking)}; derive it from ContrastiveObjective"
+    lacking = [attribute for attribute in dir(Objective) if not hasattr(objective, attribute)]
+    assert not lacking, f"{name} lacks {', '.join(lacking)}; derive it from Objective"
     assert kind.__name__ == name and as_objective(objective) is objective
     assert dataclasses.is_dataclass(kind), f"{name} is no dataclass, so recipes could make no flags of it"
     assert kind.paper, f"{name} names no paper for the model card"
@@ -211,7 +211,7 @@ def test_every_objective_is_registered():
     names = [module.name for module in pkgutil.iter_modules(objectives.__path__)]
     modules = [importlib.import_module(f"hf_embed.objectives.{name}") for name in names]
     kinds = {kind for module in modules for kind in vars(module).values() if isinstance(kind, type)}
-    found = {kind.__name__ for kind in kinds if issubclass(kind, ContrastiveObjective) and dataclasses.is_dataclass(kind)}
+    found = {kind.__name__ for kind in kinds if issubclass(kind, Objective) and dataclasses.is_dataclass(kind)}
     assert found - set(OBJECTIVES) == set()
 
 

@@ -19,7 +19,7 @@ from hf_embed.data.collator import RaggedCollator, used_columns
 from hf_embed.data.mixture import MOST_POSITIVES, Mixture, Source, Stream, has_several_positives, make_mixture
 from hf_embed.data.sources import read_file, rows_of_texts
 from hf_embed.data.tokenization import RowTokenizer, text_id
-from hf_embed.objectives import ContrastiveObjective, as_objective
+from hf_embed.objectives import Objective, as_objective
 
 # ---- the losses ----
 
@@ -145,7 +145,7 @@ def told_loss(z, text_ids, all_z=None, all_ids=None, first_row=0, other_ids=None
     return SimCSE(0.2)(z, text_ids, all_z, all_ids, first_row, other_ids=other_ids)
 
 
-class OwnLoss(ContrastiveObjective):
+class OwnLoss(Objective):
     def __call__(self, z, text_ids, all_embeddings=None, all_text_ids=None, first_row=0, temperature=None):
         return plain_loss(z, text_ids, all_embeddings, all_text_ids, first_row)
 

@@ -1,6 +1,6 @@
 """Losses on embeddings: pure functions with the interface of base.py."""
 
-from hf_embed.objectives.base import ContrastiveObjective, Objective, as_objective
+from hf_embed.objectives.base import Objective, as_objective
 from hf_embed.objectives.cosent import CoSENT
 from hf_embed.objectives.gte import ImprovedContrastive
 from hf_embed.objectives.matryoshka import Matryoshka
@@ -21,7 +21,6 @@ OBJECTIVES: dict[str, type[Objective]] = {
 __all__ = [
     "OBJECTIVES",
     "CoSENT",
-    "ContrastiveObjective",
     "ImprovedContrastive",
     "MarginMSE",
     "Matryoshka",

@@ -1,6 +1,6 @@
 """The interface of an objective, defaults for its optional parts, and a wrapper for plain functions.
 
-A new objective is a dataclass that derives from `ContrastiveObjective` and defines `mean_loss`. It computes a loss from
+A new objective is a dataclass that derives from `Objective` and defines `mean_loss`. It computes a loss from
 embeddings and text ids. It does not gather, does not run a model and does not log. `FunctionObjective` turns a plain function
 into an objective.
 
@@ -48,7 +48,7 @@ class Batch(NamedTuple):
         return {name: tensor for name, tensor in given.items() if tensor is not None}
 
 
-class ContrastiveObjective:
+class Objective:
     """The base class of objectives: what the trainer requires, with a default for every part except the loss.
 
     Example: two ranks with two rows each, and the call on the second rank. Row 3 has no negative.
@@ -131,10 +131,7 @@ class ContrastiveObjective:
         raise NotImplementedError
 
 
-Objective = ContrastiveObjective  # a shorter name, for what is given to the trainer
-
-
-class FunctionObjective(ContrastiveObjective):
+class FunctionObjective(Objective):
     """An objective that wraps any callable, for example a function.
 
     The callable receives the first five arguments of an objective. It also receives `temperature` if the temperature is

@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_embed.errors import InputError
-from hf_embed.objectives.base import Batch, ContrastiveObjective
+from hf_embed.objectives.base import Batch, Objective
 from hf_embed.objectives.tiles import by_tiles
 from hf_embed.ranges import POSITIVE, check_ranges
 
 
 @dataclass
-class CoSENT(ContrastiveObjective):
+class CoSENT(Objective):
     """The CoSENT loss: a pair with a higher score should have a higher cosine similarity than a pair with a lower score.
 
         loss = log [ 1 + sum_{(i, j): y_i > y_j} e^{(s_j - s_i) / t} ]        s_i: cosine of pair i, y_i: its score

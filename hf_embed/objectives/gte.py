@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from hf_embed.errors import InputError
-from hf_embed.objectives.base import GUIDE_HELP, Batch, ContrastiveObjective
+from hf_embed.objectives.base import GUIDE_HELP, Batch, Objective
 from hf_embed.objectives.masking import false_negatives
 from hf_embed.ranges import COUNT, FINITE, POSITIVE, check_ranges, is_one_of
 
@@ -31,7 +31,7 @@ TILE_SIZE = 2**26  # largest number of similarities in a tile: 256 MiB in float3
 
 
 @dataclass
-class ImprovedContrastive(ContrastiveObjective):
+class ImprovedContrastive(Objective):
     """The improved contrastive loss of GTE: negatives of a pair are all other queries and all other documents.
 
         loss_i = - log  e^{s(q_i, d_i) / t} / Z_i        s: cosine similarity

@@ -10,12 +10,12 @@ from typing import ClassVar
 from torch import Tensor
 
 from hf_embed.errors import InputError
-from hf_embed.objectives.base import Batch, ContrastiveObjective, Objective, as_objective
+from hf_embed.objectives.base import Batch, Objective, as_objective
 from hf_embed.ranges import COUNT, Range
 
 
 @dataclass
-class Matryoshka(ContrastiveObjective):
+class Matryoshka(Objective):
     """The weighted sum of an objective's losses on prefixes of the embeddings (equation 1 of the paper).
 
         loss = sum_{m in dims} c_m L(embeddings[..., :m])        c_m: weight of width m, 1 by default; L: the inner objective

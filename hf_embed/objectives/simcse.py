@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_embed.errors import InputError
-from hf_embed.objectives.base import GUIDE_HELP, Batch, ContrastiveObjective
+from hf_embed.objectives.base import GUIDE_HELP, Batch, Objective
 from hf_embed.objectives.masking import false_negatives
 from hf_embed.objectives.tiles import by_tiles
 from hf_embed.ranges import FINITE, POSITIVE, Range, check_ranges
 
 
 @dataclass
-class SimCSE(ContrastiveObjective):
+class SimCSE(Objective):
     """The contrastive loss of SimCSE: cosine similarity with in-batch and hard negatives.
 
     Each anchor has to find its positive among the positives and hard negatives of all rows:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from hf_embed.entry import recipe_command
 from hf_embed.errors import InputError
-from hf_embed.objectives.base import Batch, ContrastiveObjective
+from hf_embed.objectives.base import Batch, Objective
 from hf_embed.objectives.tiles import by_tiles
 from hf_embed.ranges import POSITIVE, check_ranges, is_one_of
 
@@ -28,7 +28,7 @@ def check_candidates(texts_per_row: int, loss: str, name: str) -> None:
 
 
 @dataclass
-class TeacherKL(ContrastiveObjective):
+class TeacherKL(Objective):
     """The Kullback-Leibler divergence between a teacher's and the student's distribution over candidates.
 
         loss_i = sum_c P_ic log (P_ic / Q_ic)        P_i = softmax_c(y_ic / t'),  Q_i = softmax_c(cos(a_i, c) / t)
@@ -120,7 +120,7 @@ class TeacherKL(ContrastiveObjective):
 
 
 @dataclass
-class MarginMSE(ContrastiveObjective):
+class MarginMSE(Objective):
     """The squared error of the margins between the positive and each negative (Hofstätter et al.).
 
         loss_i = mean_k ( (s(a_i, p_i) - s(a_i, n_ik)) - (y_ip - y_ik) )^2        y: the teacher's scores
@@ -171,7 +171,7 @@ class MarginMSE(ContrastiveObjective):
 
 
 @dataclass
-class VectorDistillation(ContrastiveObjective):
+class VectorDistillation(Objective):
     """Learn the vectors of a teacher model (Reimers and Gurevych, https://arxiv.org/abs/2004.09813).
 
         loss_i = mean_v ( 1 - cos(f(x_iv), y_iv) )        v: the texts of row i, y: the teacher's vector
