@@ -216,6 +216,6 @@ def as_objective(loss: Callable[..., Tensor]) -> Objective:
     if trained := [name for name, weight in weights if weight.requires_grad]:
         raise InputError(
             f"the objective {type(loss).__name__} has weights of its own ({trained[0]}), which would not be trained; freeze "
-            "them (requires_grad_(False)), or set learn_temperature=True in place of a temperature among them"
+            "them with requires_grad_(False); to learn a temperature, set learn_temperature=True of a built-in objective"
         )
     return loss if isinstance(loss, Objective) else FunctionObjective(loss)
