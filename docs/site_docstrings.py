@@ -2,14 +2,14 @@
 
 It makes up for two habits of this package. An entry of a docstring may describe several parameters, as in
 `queries, corpus: texts by id`: each parameter gets its own copy of the text. And the fields of settings have no docstring but a
-help text in their metadata, which `--help` shows: that text becomes their docstring.
+help text, which `--help` shows: that text becomes their docstring.
 """
 
 import ast
 import re
 from typing import Any
 
-from griffe import Attribute, Docstring, ExprKeyword, Extension, Object
+from griffe import Attribute, Docstring, ExprCall, Extension, Object
 
 JOINT = re.compile(r"^(?P<indent> +)(?P<names>\w+(?:, \w+)+): (?P<text>.*(?:\n(?P=indent) +.*)*)", re.MULTILINE)
 
@@ -23,13 +23,12 @@ class Docstrings(Extension):
             obj.docstring.value = JOINT.sub(split, obj.docstring.value)
 
     def on_attribute(self, *, attr: Attribute, **kwargs: Any) -> None:
-        """Give a field of a dataclass its help text as docstring, and show its default in place of the call of `field`."""
-        given = {key.name: key.value for key in getattr(attr.value, "arguments", []) if isinstance(key, ExprKeyword)}
-        if attr.docstring is None and (text := help_text(str(given.get("metadata", "None")))):
-            attr.docstring = Docstring(text, parent=attr)
+        """Give a field of a dataclass its help text as docstring, and show its default in place of the call of `setting`."""
+        called = isinstance(attr.value, ExprCall) and str(attr.value.function) == "setting"
+        if called and attr.docstring is None:
+            default, text = attr.value.arguments[:2]
+            attr.docstring, attr.value = Docstring(help_text(str(text)), parent=attr), default
             attr.labels.clear()
-            if "default_factory" not in given:
-                attr.value = given.get("default")
 
 
 def split(entry: re.Match[str]) -> str:
@@ -37,13 +36,10 @@ def split(entry: re.Match[str]) -> str:
     return "\n".join(f"{entry['indent']}{name}: {entry['text']}" for name in entry["names"].split(", "))
 
 
-def help_text(metadata: str) -> str:
-    """Return the help text in the source of a field's metadata, "" if there is none."""
-    mapping = ast.parse(metadata, mode="eval").body
-    for key, text in zip(mapping.keys, mapping.values) if isinstance(mapping, ast.Dict) else ():
-        if isinstance(key, ast.Constant) and key.value == "help":
-            return "".join(map(shown, text.values if isinstance(text, ast.JoinedStr) else [text]))
-    return ""
+def help_text(source: str) -> str:
+    """Return a help text from its source: a text, or an f-string."""
+    text = ast.parse(source, mode="eval").body
+    return "".join(map(shown, text.values if isinstance(text, ast.JoinedStr) else [text]))
 
 
 def shown(part: ast.expr) -> str:

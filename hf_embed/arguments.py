@@ -2,7 +2,7 @@
 
 import dataclasses
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Self
 
 import torch
@@ -14,6 +14,7 @@ from hf_embed.activations import check_caching
 from hf_embed.distributed import warn_on_main_only
 from hf_embed.errors import InputError, without_secrets
 from hf_embed.pooling import POOLINGS, check_pooling
+from hf_embed.ranges import setting
 from hf_embed.ranks import limit_waiting
 from hf_embed.read_files import parse_json
 from hf_embed.trainer_settings import METRIC_SCHEDULES, OF_GEOMETRY, check_after, check_before, refuse_other_fields
@@ -37,59 +38,46 @@ class ContrastiveTrainingArguments(TrainingArguments):
         InputError: if a number is out of range, a name is unknown, or a package is not installed.
     """
 
-    pooling: str | None = field(
-        default=None, metadata={"help": f"Pooling: one of {', '.join(POOLINGS)}. Default: the model's own, else mean."}
+    pooling: str | None = setting(None, f"Pooling: one of {', '.join(POOLINGS)}. Default: the model's own, else mean.")
+    max_length: int | None = setting(
+        None, "Maximum tokens per text; longer texts are truncated. Default: the model's own, at most 512."
     )
-    max_length: int | None = field(
-        default=None,
-        metadata={"help": "Maximum tokens per text; longer texts are truncated. Default: the model's own, at most 512."},
+    normalize: bool | None = setting(None, "Save a model that returns embeddings of unit length.")
+    prompts: dict | str | None = setting(
+        None, 'Texts that are put before queries and documents: {"query": "...", "document": "..."}.'
     )
-    normalize: bool | None = field(default=None, metadata={"help": "Save a model that returns embeddings of unit length."})
-    prompts: dict | str | None = field(
-        default=None,
-        metadata={"help": 'Texts that are put before queries and documents: {"query": "...", "document": "..."}.'},
+    add_eos_token: bool = setting(False, "End each text with the end-of-text token.")
+    chunk_tokens: int | None = setting(
+        None, "Tokens (with padding) encoded at once. Default: 2048 on a CPU, 65536 on a GPU, 16384 with caching."
     )
-    add_eos_token: bool = field(default=False, metadata={"help": "End each text with the end-of-text token."})
-    chunk_tokens: int | None = field(
-        default=None,
-        metadata={"help": "Tokens (with padding) encoded at once. Default: 2048 on a CPU, 65536 on a GPU, 16384 with caching."},
+    gradient_caching: bool | str = setting(
+        False, "Recompute chunks in the backward pass to save memory; as_needed: only what does not fit a GPU."
     )
-    gradient_caching: bool | str = field(
-        default=False,
-        metadata={"help": "Recompute chunks in the backward pass to save memory; as_needed: only what does not fit a GPU."},
+    same_dropout_mask: bool = setting(
+        False, "For rows of a single text: use one dropout mask for both views (an ablation; SimCSE needs two)."
     )
-    same_dropout_mask: bool = field(
-        default=False,
-        metadata={"help": "For rows of a single text: use one dropout mask for both views (an ablation; SimCSE needs two)."},
+    temp_scale: float | None = setting(
+        None, "TempScale: train with this attention temperature, e.g. 0.9. It is folded into the saved weights."
     )
-    temp_scale: float | None = field(
-        default=None,
-        metadata={"help": "TempScale: train with this attention temperature, e.g. 0.9. It is folded into the saved weights."},
+    report_to: None | str | list[str] = setting(
+        None, "Where to log: 'none', 'wandb', 'all' ... Default: TensorBoard if it is installed."
     )
-    report_to: None | str | list[str] = field(
-        default=None, metadata={"help": "Where to log: 'none', 'wandb', 'all' ... Default: TensorBoard if it is installed."}
+    drop_empty_rows: bool = setting(False, "Drop rows with an empty text, and count them.")
+    source_alpha: float = setting(0.5, "With several sources, a source of n rows is drawn in proportion to n^alpha.")
+    small_sources: str = setting(
+        "repeat",
+        "If a source has fewer rows than a global batch: repeat its rows in the batch, or refuse it.",
+        choices=["repeat", "refuse"],
     )
-    drop_empty_rows: bool = field(default=False, metadata={"help": "Drop rows with an empty text, and count them."})
-    source_alpha: float = field(
-        default=0.5, metadata={"help": "With several sources, a source of n rows is drawn in proportion to n^alpha."}
+    nan_steps: str = setting(
+        "stop",
+        "If a gradient is NaN or infinite: stop the run, or skip the update, at most 20 times in a row.",
+        choices=["stop", "skip"],
     )
-    small_sources: str = field(
-        default="repeat",
-        metadata={"help": "If a source has fewer rows than a global batch: repeat its rows in the batch, or refuse it.",
-                  "choices": ["repeat", "refuse"]},
-    )  # fmt: skip
-    nan_steps: str = field(
-        default="stop",
-        metadata={"help": "If a gradient is NaN or infinite: stop the run, or skip the update, at most 20 times in a row.",
-                  "choices": ["stop", "skip"]},
-    )  # fmt: skip
-    shuffle_buffer_size: int = field(
-        default=10_000, metadata={"help": "Number of rows of a streaming dataset that are shuffled at a time."}
-    )
-    teacher: str | None = field(default=None, metadata={"help": "Model to learn from, or to be guided by."})
-    allow_changed: bool = field(
-        default=False,
-        metadata={"help": "Resume even if the rows, the objective, the pooling or the like differ from the checkpoint's."},
+    shuffle_buffer_size: int = setting(10_000, "Number of rows of a streaming dataset that are shuffled at a time.")
+    teacher: str | None = setting(None, "Model to learn from, or to be guided by.")
+    allow_changed: bool = setting(
+        False, "Resume even if the rows, the objective, the pooling or the like differ from the checkpoint's."
     )
 
     def __post_init__(self) -> None:

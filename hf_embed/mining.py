@@ -36,7 +36,7 @@ import random
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -59,7 +59,7 @@ from hf_embed.evaluation.rows import as_list
 from hf_embed.evaluation.tasks import Embed
 from hf_embed.fingerprint import fingerprint
 from hf_embed.progress import progress_bar
-from hf_embed.ranges import COUNT, FINITE, Range, check_ranges
+from hf_embed.ranges import COUNT, FINITE, Range, check_ranges, setting
 from hf_embed.read_files import read_array, read_json
 from hf_embed.safe_files import put, writing
 from hf_embed.search import exact_search
@@ -83,27 +83,22 @@ class MiningArguments:
         InputError: if a number is out of range, or if the ranks or scores leave no room for a negative.
     """
 
-    num_negatives: int = field(default=3, metadata={"help": "Number of negatives per row."})
-    range_min: int = field(default=0, metadata={"help": "Number of nearest documents to skip."})
-    range_max: int = field(default=100, metadata={"help": "Last rank to consider among the nearest documents."})
-    relative_margin: float | None = field(
-        default=0.05,
-        metadata={"help": "Skip documents that score above the positive's score minus this share of it; 0.05 means 95%."},
+    num_negatives: int = setting(3, "Number of negatives per row.")
+    range_min: int = setting(0, "Number of nearest documents to skip.")
+    range_max: int = setting(100, "Last rank to consider among the nearest documents.")
+    relative_margin: float | None = setting(
+        0.05, "Skip documents that score above the positive's score minus this share of it; 0.05 means 95%."
     )
-    absolute_margin: float | None = field(
-        default=None, metadata={"help": "Skip documents that score above the positive's score minus this number."}
+    absolute_margin: float | None = setting(None, "Skip documents that score above the positive's score minus this number.")
+    max_score: float | None = setting(None, "Skip documents that score above this number.")
+    min_score: float | None = setting(None, "Skip documents that score below this number.")
+    sampling_strategy: str = setting(
+        "top", "Take the nearest remaining documents, or a random sample of them.", choices=["top", "random"]
     )
-    max_score: float | None = field(default=None, metadata={"help": "Skip documents that score above this number."})
-    min_score: float | None = field(default=None, metadata={"help": "Skip documents that score below this number."})
-    sampling_strategy: str = field(
-        default="top",
-        metadata={"help": "Take the nearest remaining documents, or a random sample of them.", "choices": ["top", "random"]},
-    )
-    use_faiss: bool = field(default=False, metadata={"help": "Search with FAISS (exactly, IndexFlatIP); requires faiss-cpu."})
-    seed: int = field(default=42, metadata={"help": "Seed of the random sample."})
-    write_scores: bool = field(
-        default=False,
-        metadata={"help": "Also write the scores of the positive and the negatives: the columns pos_scores and neg_scores."},
+    use_faiss: bool = setting(False, "Search with FAISS (exactly, IndexFlatIP); requires faiss-cpu.")
+    seed: int = setting(42, "Seed of the random sample.")
+    write_scores: bool = setting(
+        False, "Also write the scores of the positive and the negatives: the columns pos_scores and neg_scores."
     )
 
     def __post_init__(self) -> None:

@@ -1,4 +1,7 @@
-"""Ranges for numeric settings. A dataclass has a table {field: Range}, and checks its fields with it when it is made."""
+"""The fields of dataclasses with settings, and ranges of numbers.
+
+A dataclass has a table {field: Range}, and checks its fields with it when it is made.
+"""
 
 import dataclasses
 import inspect
@@ -6,12 +9,25 @@ import math
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from numbers import Integral, Real
 from typing import Any, get_args
 
 import numpy as np
 
 from hf_embed.errors import InputError
+
+REQUIRED = dataclasses.MISSING  # the default of a setting that the user must give
+
+
+def setting(default: Any, help: str, **metadata: Any) -> Any:
+    """Return a field of a dataclass, with its default and what `--help` says of it. Each object gets a copy of a list.
+
+    `metadata` holds further facts: the `choices`, or what `hf_embed.kit.cli.flag_class` reads.
+    """
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=partial(list, default), metadata={"help": help, **metadata})
+    return dataclasses.field(default=default, metadata={"help": help, **metadata})
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ The trained model is written to OUTPUT_DIR (default: outputs/distill; on the bui
 run replaces). docs/guides/scores_and_teachers.md explains the objectives and the columns of scores.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from hf_embed import InputError
-from hf_embed.kit.cli import Flags, run
+from hf_embed.kit.cli import Flags, run, setting
 from hf_embed.kit.finetune import fine_tune, make_trainer, score_model
 from hf_embed.kit.models import load_model
 from hf_embed.kit.plan import (
@@ -40,8 +40,8 @@ OBJECTIVES: dict[str, type] = {"VectorDistillation": VectorDistillation, "Teache
 class DistillArguments:
     """The choice of the objective."""
 
-    objective: Literal["VectorDistillation", "TeacherKL", "MarginMSE"] = field(
-        default="VectorDistillation", metadata={"help": "Learn the teacher's vectors, or its scores of candidates."}
+    objective: Literal["VectorDistillation", "TeacherKL", "MarginMSE"] = setting(
+        "VectorDistillation", "Learn the teacher's vectors, or its scores of candidates."
     )
 
 

@@ -13,14 +13,14 @@ vectors.npy.work, and the same command resumes it.
 import hf_embed  # noqa: F401 (imported first: it prints that loading takes a while)
 
 # isort: split
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from accelerate import PartialState
 
 from hf_embed import write_vectors
 from hf_embed.disk import check_file
-from hf_embed.kit.cli import parse, run
+from hf_embed.kit.cli import REQUIRED, parse, run, setting
 from hf_embed.kit.inference import FastEncodingArguments, load_for_encoding, read_column
 from hf_embed.ranges import COUNT, check_ranges
 from hf_embed.vectors import PRECISIONS
@@ -30,28 +30,22 @@ from hf_embed.vectors import PRECISIONS
 class Arguments(FastEncodingArguments):
     """Flags of this recipe."""
 
-    model_name_or_path: str = field(metadata={"help": "Model folder or Hub name.", "positional": True, "metavar": "MODEL"})
-    file: str = field(metadata={"help": "File of the texts.", "positional": True, "metavar": "FILE"})
-    output: str = field(metadata={"help": "File for the vectors, a .npy.", "positional": True, "metavar": "OUT"})
-    column: str | None = field(
-        default=None, metadata={"help": "Column of the texts. Default: text, sentence, or the only column."}
+    model_name_or_path: str = setting(REQUIRED, "Model folder or Hub name.", positional=True, metavar="MODEL")
+    file: str = setting(REQUIRED, "File of the texts.", positional=True, metavar="FILE")
+    output: str = setting(REQUIRED, "File for the vectors, a .npy.", positional=True, metavar="OUT")
+    column: str | None = setting(None, "Column of the texts. Default: text, sentence, or the only column.")
+    prompt_name: str | None = setting(
+        None, "Prompt of the model to put before the texts: document, query ... Default: its own."
     )
-    prompt_name: str | None = field(
-        default=None, metadata={"help": "Prompt of the model to put before the texts: document, query ... Default: its own."}
+    precision: str = setting(
+        "float32",
+        "Format of the numbers. int8 needs 1/4 of the bytes of float32, binary and ubinary (signs) 1/32.",
+        choices=list(PRECISIONS),
     )
-    precision: str = field(
-        default="float32",
-        metadata={"help": "Format of the numbers. int8 needs 1/4 of the bytes of float32, binary and ubinary (signs) 1/32.",
-                  "choices": list(PRECISIONS)},
-    )  # fmt: skip
-    truncate_dim: int | None = field(default=None, metadata={"help": "Width to truncate the vectors to. Default: the model's."})
-    normalize: bool | None = field(
-        default=None, metadata={"help": "True: write unit vectors. False: do not. Default: the model's setting."}
-    )
-    batch_size: int = field(default=512, metadata={"help": "Number of texts to tokenize at a time."})
-    chunk_tokens: int | None = field(
-        default=None, metadata={"help": "Padded tokens that go through the model at once. Default: 16384, on a CPU 2048."}
-    )
+    truncate_dim: int | None = setting(None, "Width to truncate the vectors to. Default: the model's.")
+    normalize: bool | None = setting(None, "True: write unit vectors. False: do not. Default: the model's setting.")
+    batch_size: int = setting(512, "Number of texts to tokenize at a time.")
+    chunk_tokens: int | None = setting(None, "Padded tokens that go through the model at once. Default: 16384, on a CPU 2048.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -21,7 +21,7 @@ model, they are added to its results.json as `evaluated`. `accelerate launch` sh
 import hf_embed  # noqa: F401 (imported first: it prints that loading takes a while)
 
 # isort: split
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -32,7 +32,7 @@ from hf_embed.disk import check_folder
 from hf_embed.errors import InputError
 from hf_embed.evaluation.sts import seven_tasks
 from hf_embed.evaluation.tasks import score_table, score_tasks
-from hf_embed.kit.cli import parse, run
+from hf_embed.kit.cli import REQUIRED, parse, run, setting
 from hf_embed.kit.eval_flags import EvalArguments, joined, read_tasks
 from hf_embed.kit.inference import FastEncodingArguments, load_for_encoding
 from hf_embed.kit.models import embed_with
@@ -44,9 +44,9 @@ from hf_embed.safe_files import clear_leftovers
 class Arguments(FastEncodingArguments):
     """Flags of this recipe."""
 
-    model_name_or_path: str = field(metadata={"help": "Model folder or Hub name.", "positional": True, "metavar": "MODEL"})
-    seven_sts: bool = field(default=False, metadata={"help": "Score on the seven STS tasks of the SimCSE paper, from the Hub."})
-    output_dir: str | None = field(default=None, metadata={"help": "Folder for results.json."})
+    model_name_or_path: str = setting(REQUIRED, "Model folder or Hub name.", positional=True, metavar="MODEL")
+    seven_sts: bool = setting(False, "Score on the seven STS tasks of the SimCSE paper, from the Hub.")
+    output_dir: str | None = setting(None, "Folder for results.json.")
 
 
 def main() -> None:

@@ -11,14 +11,14 @@ scores, and writes these files. OUTPUT_DIR is by default the model's folder; it 
     OUTPUT_DIR/README.md       only in a model's folder: the card with the new scores, unless someone has edited it
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from hf_embed.checkpoint.card import store_results, stored_results, write_card
 from hf_embed.disk import check_folder
 from hf_embed.errors import InputError
 from hf_embed.fingerprint import fingerprint
-from hf_embed.kit.cli import parse, run
+from hf_embed.kit.cli import REQUIRED, parse, run, setting
 from hf_embed.kit.inference import FastEncodingArguments, load_for_encoding
 from hf_embed.kit.mteb_runs import find_tasks, lines, run_mteb
 from hf_embed.kit.report import check_results
@@ -30,12 +30,12 @@ from hf_embed.safe_files import clear_leftovers
 class Arguments(FastEncodingArguments):
     """Flags of this recipe."""
 
-    model_name_or_path: str = field(metadata={"help": "Model folder or Hub name.", "positional": True, "metavar": "MODEL"})
-    tasks: list[str] = field(default_factory=list, metadata={"help": "Names of mteb tasks, e.g. STSBenchmark SciFact."})
-    benchmark: list[str] = field(default_factory=list, metadata={"help": "Names of mteb benchmarks, e.g. 'MTEB(eng, v2)'."})
-    batch_size: int = field(default=512, metadata={"help": "Number of texts to encode at a time."})
-    output_dir: str | None = field(
-        default=None, metadata={"help": "Folder for the scores. Default: the model's folder, if the model is a local folder."}
+    model_name_or_path: str = setting(REQUIRED, "Model folder or Hub name.", positional=True, metavar="MODEL")
+    tasks: list[str] = setting([], "Names of mteb tasks, e.g. STSBenchmark SciFact.")
+    benchmark: list[str] = setting([], "Names of mteb benchmarks, e.g. 'MTEB(eng, v2)'.")
+    batch_size: int = setting(512, "Number of texts to encode at a time.")
+    output_dir: str | None = setting(
+        None, "Folder for the scores. Default: the model's folder, if the model is a local folder."
     )
 
     def __post_init__(self) -> None:

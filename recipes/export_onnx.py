@@ -10,13 +10,13 @@ names. OUTPUT_DIR also has the other files of the model, and `hf-embed push` upl
 vectors of the graph differ from the model's by more than 1e-5 of their norm. The recipe needs `pip install "hf_embed[onnx]"`.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from hf_embed.checkpoint.card import stored_results
 from hf_embed.checkpoint.onnx import check_output, export_onnx
 from hf_embed.errors import InputError
-from hf_embed.kit.cli import parse, run
+from hf_embed.kit.cli import REQUIRED, parse, run, setting
 from hf_embed.kit.inference import EncodingArguments, load_for_encoding
 
 
@@ -24,17 +24,10 @@ from hf_embed.kit.inference import EncodingArguments, load_for_encoding
 class Arguments(EncodingArguments):
     """Flags of this recipe."""
 
-    model_name_or_path: str = field(metadata={"help": "Model folder or Hub name.", "positional": True, "metavar": "FOLDER"})
-    output_dir: str | None = field(
-        default=None, metadata={"help": "Folder for the model and its ONNX files. Default: the model's own folder."}
-    )
-    int8: bool = field(
-        default=False,
-        metadata={"help": "Also write a graph with int8 weights, which is smaller and less exact, and print how exact."},
-    )
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Replace ONNX files, or another model, in the output folder."}
-    )
+    model_name_or_path: str = setting(REQUIRED, "Model folder or Hub name.", positional=True, metavar="FOLDER")
+    output_dir: str | None = setting(None, "Folder for the model and its ONNX files. Default: the model's own folder.")
+    int8: bool = setting(False, "Also write a graph with int8 weights, which is smaller and less exact, and print how exact.")
+    overwrite_output_dir: bool = setting(False, "Replace ONNX files, or another model, in the output folder.")
 
 
 def main() -> None:

@@ -8,13 +8,13 @@ tables with an explanation of their columns, and writes collapse.json and the pi
 outputs/length_collapse).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from hf_embed.data.sources import read_texts
 from hf_embed.disk import check_folder
 from hf_embed.errors import masked
-from hf_embed.kit.cli import parse, run
+from hf_embed.kit.cli import parse, run, setting
 from hf_embed.kit.docstrings import read_pages
 from hf_embed.kit.inference import MODEL_HELP, EncodingArguments, load_for_encoding
 from hf_embed.kit.length_collapse import LENGTHS, length_report, plot_collapse, report_lines
@@ -28,21 +28,14 @@ from hf_embed.tempscale import TempScaleConfig, tempscale
 class Arguments(EncodingArguments):
     """Flags of this recipe."""
 
-    model_name_or_path: str = field(
-        default=str(QUICKSTART / "encoder"), metadata={"help": MODEL_HELP, "positional": True, "metavar": "MODEL"}
+    model_name_or_path: str = setting(str(QUICKSTART / "encoder"), MODEL_HELP, positional=True, metavar="MODEL")
+    texts: str | None = setting(
+        None, "A txt file with one text per line, or a file with a column text. Default: installed docstrings."
     )
-    texts: str | None = field(
-        default=None,
-        metadata={"help": "A txt file with one text per line, or a file with a column text. Default: installed docstrings."},
-    )
-    max_texts: int = field(default=200, metadata={"help": "Number of texts to use, from the first."})
-    lengths: list[int] = field(
-        default_factory=lambda: list(LENGTHS), metadata={"help": "Lengths, in tokens, to which the texts are truncated."}
-    )
-    temperature: list[float] = field(
-        default_factory=lambda: [0.9], metadata={"help": "TempScale temperatures to compare the model with."}
-    )
-    output_dir: str = field(default="outputs/length_collapse", metadata={"help": "Folder for collapse.json and collapse.png."})
+    max_texts: int = setting(200, "Number of texts to use, from the first.")
+    lengths: list[int] = setting(list(LENGTHS), "Lengths, in tokens, to which the texts are truncated.")
+    temperature: list[float] = setting([0.9], "TempScale temperatures to compare the model with.")
+    output_dir: str = setting("outputs/length_collapse", "Folder for collapse.json and collapse.png.")
 
     def __post_init__(self) -> None:
         check_ranges(self, {"max_texts": COUNT, "max_length": COUNT, "lengths": Range(least=4, whole=True)})

@@ -10,12 +10,12 @@ mean is computed and saved in float32. The card of OUTPUT_DIR tells what was ave
 it may be better or worse than its parts.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from hf_embed.averaging import average_models, save_average, shares_of
 from hf_embed.kit.calibrate import check_folder_to_fill
-from hf_embed.kit.cli import parse, run
+from hf_embed.kit.cli import REQUIRED, parse, run, setting
 from hf_embed.kit.plan import TRUST
 from hf_embed.kit.report import saved_to
 from hf_embed.ranges import COUNT, check_ranges
@@ -25,19 +25,16 @@ from hf_embed.ranges import COUNT, check_ranges
 class Arguments:
     """Flags of this recipe."""
 
-    models: list[str] = field(
-        metadata={"help": "Two or more folders, or Hub names, of finished models.", "positional": True, "metavar": "FOLDER"}
+    models: list[str] = setting(
+        REQUIRED, "Two or more folders, or Hub names, of finished models.", positional=True, metavar="FOLDER"
     )
-    weights: list[float] | None = field(
-        default=None,
-        metadata={"help": "The weight of each model, in the same order; they are divided by their sum. Default: all equal."},
+    weights: list[float] | None = setting(
+        None, "The weight of each model, in the same order; they are divided by their sum. Default: all equal."
     )
-    max_length: int | None = field(
-        default=None, metadata={"help": "Maximum length of a text, in tokens. Needed if the models have different lengths."}
-    )
-    output_dir: str = field(default="outputs/merge", metadata={"help": "Folder for the average."})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace the files in the output folder."})
-    trust_remote_code: bool = field(default=False, metadata={"help": TRUST})
+    max_length: int | None = setting(None, "Maximum length of a text, in tokens. Needed if the models have different lengths.")
+    output_dir: str = setting("outputs/merge", "Folder for the average.")
+    overwrite_output_dir: bool = setting(False, "Replace the files in the output folder.")
+    trust_remote_code: bool = setting(False, TRUST)
 
     def __post_init__(self) -> None:
         check_ranges(self, {"max_length": COUNT})

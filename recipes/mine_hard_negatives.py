@@ -13,7 +13,7 @@ same command resumes it. `accelerate launch` shares the work among processes.
 import hf_embed  # noqa: F401 (imported first: it prints that loading takes a while)
 
 # isort: split
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from accelerate import PartialState
@@ -25,7 +25,7 @@ from hf_embed.disk import check_file
 from hf_embed.errors import InputError
 from hf_embed.evaluation.retrieval import judged_pairs, read_retrieval
 from hf_embed.fingerprint import fingerprint
-from hf_embed.kit.cli import parse, run
+from hf_embed.kit.cli import REQUIRED, parse, run, setting
 from hf_embed.kit.inference import FastEncodingArguments, load_for_encoding
 from hf_embed.kit.models import embed_with
 from hf_embed.mining import MiningArguments, describe, write_hard_negatives
@@ -35,13 +35,13 @@ from hf_embed.mining import MiningArguments, describe, write_hard_negatives
 class Arguments(FastEncodingArguments):
     """Flags of this recipe, in addition to those of `MiningArguments`."""
 
-    model_name_or_path: str = field(metadata={"help": "Model folder or Hub name.", "positional": True, "metavar": "MODEL"})
-    output_file: str = field(metadata={"help": "File for the rows, a jsonl."})
-    train_file: str | None = field(default=None, metadata={"help": "File of pairs: csv, tsv, jsonl or parquet."})
-    columns: list[str] = field(default_factory=list, metadata={"help": "Role of each column: anchor=question positive=answer."})
-    ignore_columns: list[str] = field(default_factory=list, metadata={"help": "Columns of the file to ignore, e.g. a label."})
-    retrieval_dir: str | None = field(default=None, metadata={"help": "A BEIR folder, DIR or DIR:SPLIT, instead of a file."})
-    corpus_file: str | None = field(default=None, metadata={"help": "More candidates: a txt, or a file with a column text."})
+    model_name_or_path: str = setting(REQUIRED, "Model folder or Hub name.", positional=True, metavar="MODEL")
+    output_file: str = setting(REQUIRED, "File for the rows, a jsonl.")
+    train_file: str | None = setting(None, "File of pairs: csv, tsv, jsonl or parquet.")
+    columns: list[str] = setting([], "Role of each column: anchor=question positive=answer.")
+    ignore_columns: list[str] = setting([], "Columns of the file to ignore, e.g. a label.")
+    retrieval_dir: str | None = setting(None, "A BEIR folder, DIR or DIR:SPLIT, instead of a file.")
+    corpus_file: str | None = setting(None, "More candidates: a txt, or a file with a column text.")
 
 
 def read_pairs(args: Arguments) -> tuple[list[tuple[str, str]], list[str]]:

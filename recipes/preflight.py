@@ -14,10 +14,10 @@ the same checks on the rows that it would train on, and ends.
 import hf_embed  # noqa: F401 (imported first: it prints that loading takes a while)
 
 # isort: split
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from hf_embed.kit.cli import parse, run
+from hf_embed.kit.cli import parse, run, setting
 from hf_embed.kit.eval_flags import EvalArguments, read_tasks
 from hf_embed.kit.inference import MODEL_HELP, EncodingArguments, load_for_encoding
 from hf_embed.kit.plan import QUICKSTART, DataArguments
@@ -32,24 +32,15 @@ from hf_embed.ranges import Range, check_ranges
 class Arguments(EncodingArguments):
     """Flags of this recipe."""
 
-    files: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Training files; each file is a separate source.", "positional": True, "metavar": "FILE"},
+    files: list[str] = setting([], "Training files; each file is a separate source.", positional=True, metavar="FILE")
+    model_name_or_path: str = setting(str(QUICKSTART / "encoder"), MODEL_HELP)
+    batch_size: list[int] = setting([64], "Number of rows in a batch on all ranks together; give several to compare them.")
+    sample: int | None = setting(
+        None, "Number of rows of each source to tokenize. 0: all. Default: 20,000, or fewer if texts are long."
     )
-    model_name_or_path: str = field(default=str(QUICKSTART / "encoder"), metadata={"help": MODEL_HELP})
-    batch_size: list[int] = field(
-        default_factory=lambda: [64],
-        metadata={"help": "Number of rows in a batch on all ranks together; give several to compare them."},
-    )
-    sample: int | None = field(
-        default=None,
-        metadata={"help": "Number of rows of each source to tokenize. 0: all. Default: 20,000, or fewer if texts are long."},
-    )
-    output_file: str | None = field(default=None, metadata={"help": "File for the whole report, as JSON."})
-    picture: str | None = field(
-        default=None, metadata={"help": "File for a picture of the lengths of the texts, a .png.", "metavar": "FILE"}
-    )
-    strict: bool = field(default=False, metadata={"help": "Exit with status 1 if there are findings."})
+    output_file: str | None = setting(None, "File for the whole report, as JSON.")
+    picture: str | None = setting(None, "File for a picture of the lengths of the texts, a .png.", metavar="FILE")
+    strict: bool = setting(False, "Exit with status 1 if there are findings.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

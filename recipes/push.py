@@ -8,12 +8,12 @@ Run `hf auth login` once before the first upload. The recipe uploads the weights
 and prints the address of the commit. If an upload fails, the same command completes it.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from hf_embed import Encoder
 from hf_embed.checkpoint.card import write_card
 from hf_embed.checkpoint.hub import push_folder
-from hf_embed.kit.cli import parse, run
+from hf_embed.kit.cli import REQUIRED, parse, run, setting
 from hf_embed.kit.plan import TRUST
 
 
@@ -21,20 +21,17 @@ from hf_embed.kit.plan import TRUST
 class Arguments:
     """Flags of this recipe."""
 
-    folder: str = field(metadata={"help": "Folder of the finished model.", "positional": True, "metavar": "FOLDER"})
-    repo: str = field(
-        metadata={"help": "NAME or OWNER/NAME of the repository; it is created if it does not exist.", "positional": True,
-                  "metavar": "REPO"}
-    )  # fmt: skip
-    private: bool = field(default=False, metadata={"help": "Make the repository private if it is new."})
-    revision: str | None = field(
-        default=None, metadata={"help": "Branch to upload to; it is created if it does not exist. Default: the main branch."}
+    folder: str = setting(REQUIRED, "Folder of the finished model.", positional=True, metavar="FOLDER")
+    repo: str = setting(
+        REQUIRED, "NAME or OWNER/NAME of the repository; it is created if it does not exist.", positional=True, metavar="REPO"
     )
-    create_pr: bool = field(default=False, metadata={"help": "Open a pull request."})
-    commit_message: str = field(default="Upload the model", metadata={"help": "Message of the commit."})
-    new_card: bool = field(default=False, metadata={"help": "Rewrite README.md, even if someone has edited it."})
-    trust_remote_code: bool = field(default=False, metadata={"help": f"With --new_card: {TRUST[0].lower()}{TRUST[1:]}"})
-    everything: bool = field(default=False, metadata={"help": "Also upload checkpoints, optimizer state and logs."})
+    private: bool = setting(False, "Make the repository private if it is new.")
+    revision: str | None = setting(None, "Branch to upload to; it is created if it does not exist. Default: the main branch.")
+    create_pr: bool = setting(False, "Open a pull request.")
+    commit_message: str = setting("Upload the model", "Message of the commit.")
+    new_card: bool = setting(False, "Rewrite README.md, even if someone has edited it.")
+    trust_remote_code: bool = setting(False, f"With --new_card: {TRUST[0].lower()}{TRUST[1:]}")
+    everything: bool = setting(False, "Also upload checkpoints, optimizer state and logs.")
 
 
 def main() -> None:

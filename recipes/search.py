@@ -12,12 +12,12 @@ prompt "query", texts its prompt "document".
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from hf_embed import semantic_search
-from hf_embed.kit.cli import parse, run
+from hf_embed.kit.cli import REQUIRED, parse, run, setting
 from hf_embed.kit.inference import FastEncodingArguments, document_vectors, load_for_encoding, read_column
 from hf_embed.ranges import COUNT, check_ranges
 
@@ -26,19 +26,14 @@ from hf_embed.ranges import COUNT, check_ranges
 class Arguments(FastEncodingArguments):
     """Flags of this recipe."""
 
-    model_name_or_path: str = field(metadata={"help": "Model folder or Hub name.", "positional": True, "metavar": "MODEL"})
-    file: str = field(metadata={"help": "File of the texts to search.", "positional": True, "metavar": "FILE"})
-    column: str | None = field(
-        default=None, metadata={"help": "Column of the texts. Default: text, sentence, or the only column."}
+    model_name_or_path: str = setting(REQUIRED, "Model folder or Hub name.", positional=True, metavar="MODEL")
+    file: str = setting(REQUIRED, "File of the texts to search.", positional=True, metavar="FILE")
+    column: str | None = setting(None, "Column of the texts. Default: text, sentence, or the only column.")
+    embeddings: str | None = setting(None, "File with the vectors of the texts, written by recipes/encode.py.")
+    query: list[str] = setting(
+        [], "A query to answer. May be repeated. Without it, the recipe asks for queries.", action="extend"
     )
-    embeddings: str | None = field(
-        default=None, metadata={"help": "File with the vectors of the texts, written by recipes/encode.py."}
-    )
-    query: list[str] = field(
-        default_factory=list,
-        metadata={"help": "A query to answer. May be repeated. Without it, the recipe asks for queries.", "action": "extend"},
-    )
-    top_k: int = field(default=5, metadata={"help": "Number of texts to print for each query."})
+    top_k: int = setting(5, "Number of texts to print for each query.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -10,7 +10,7 @@ OUTPUT_DIR (default: outputs/tempscale) is an ordinary checkpoint with the speed
 results.json and tempscale.png show the scores of all temperatures, and the gain on queries that had no part in the choice.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from hf_embed.checkpoint.tables import sweep_table
@@ -18,7 +18,7 @@ from hf_embed.data.labeled import read_pairs
 from hf_embed.data.sources import read_file, read_texts
 from hf_embed.evaluation.retrieval import pairs_to_retrieval
 from hf_embed.kit import calibrate
-from hf_embed.kit.cli import parse, run
+from hf_embed.kit.cli import parse, run, setting
 from hf_embed.kit.docstrings import read_pages
 from hf_embed.kit.eval_flags import EvalArguments, joined, read_tasks
 from hf_embed.kit.inference import MODEL_HELP, EncodingArguments, load_for_encoding
@@ -32,19 +32,15 @@ from hf_embed.ranges import COUNT, Range, check_ranges
 class Arguments(EncodingArguments):
     """Flags of this recipe."""
 
-    model_name_or_path: str = field(
-        default=str(QUICKSTART / "encoder"), metadata={"help": MODEL_HELP, "positional": True, "metavar": "MODEL"}
-    )
-    temperature: float | None = field(default=None, metadata={"help": "Use this temperature, without a search."})
-    grid: list[float] = field(
-        default_factory=lambda: [*calibrate.TEMPERATURES], metadata={"help": "Temperatures to try; then two around the best."}
-    )
-    folds: int = field(default=calibrate.FOLDS, metadata={"help": "Number of folds of the cross-validation."})
-    pairs: str | None = field(default=None, metadata={"help": "File of pairs: each anchor is a query for its positive."})
-    texts: str | None = field(default=None, metadata={"help": "Texts without labels: a txt, or a file with a column text."})
-    max_texts: int = field(default=calibrate.MAX_TEXTS, metadata={"help": "Number of texts to use from --texts."})
-    output_dir: str = field(default="outputs/tempscale", metadata={"help": "Folder for the model."})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace the files in the output folder."})
+    model_name_or_path: str = setting(str(QUICKSTART / "encoder"), MODEL_HELP, positional=True, metavar="MODEL")
+    temperature: float | None = setting(None, "Use this temperature, without a search.")
+    grid: list[float] = setting([*calibrate.TEMPERATURES], "Temperatures to try; then two around the best.")
+    folds: int = setting(calibrate.FOLDS, "Number of folds of the cross-validation.")
+    pairs: str | None = setting(None, "File of pairs: each anchor is a query for its positive.")
+    texts: str | None = setting(None, "Texts without labels: a txt, or a file with a column text.")
+    max_texts: int = setting(calibrate.MAX_TEXTS, "Number of texts to use from --texts.")
+    output_dir: str = setting("outputs/tempscale", "Folder for the model.")
+    overwrite_output_dir: bool = setting(False, "Replace the files in the output folder.")
 
     def __post_init__(self) -> None:
         check_ranges(self, {"max_texts": COUNT, "max_length": COUNT, "folds": Range(least=2, whole=True)})

@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from hf_embed.kit.plan import Plan
 from hf_embed.kit.preflight import preflight_plan
 from hf_embed.kit.seeds import read_seeds
 from hf_embed.log_lines import Progress
+from hf_embed.ranges import setting
 from hf_embed.ranks import writing_alone
 from hf_embed.read_files import first_line, parse_json, read_json
 from hf_embed.safe_files import write_text, writing
@@ -61,11 +62,11 @@ UNUSED = FIXED | {"early_stopping_patience": None, "push_to_hub": False, "resume
 class AblationArguments:
     """The flag that selects the variants."""
 
-    variants: list[str] = field(
-        default_factory=lambda: list(VARIANTS)[:4],
-        metadata={"help": f"Variants to train, from: {', '.join(VARIANTS)}. A YAML file may define variants by a name and "
-                          "flags, as recipes/configs/simcse_poolers.yaml does."},
-    )  # fmt: skip
+    variants: list[str] = setting(
+        list(VARIANTS)[:4],
+        f"Variants to train, from: {', '.join(VARIANTS)}. A YAML file may define variants by a name and "
+        "flags, as recipes/configs/simcse_poolers.yaml does.",
+    )
 
 
 def read_variants(given: list[str]) -> dict[str, dict[str, Any]]:

@@ -33,6 +33,7 @@ from hf_embed.entry import CONSOLE, CPU_CONFIG, recipes_folder, show_error
 from hf_embed.errors import InputError, RankError, masked
 from hf_embed.kit.help import help_text, sections, usage
 from hf_embed.library_internals import parser_actions
+from hf_embed.ranges import REQUIRED, setting  # noqa: F401 (recipes import both from here)
 from hf_embed.ranks import PATIENCE, peers_in_one_line
 from hf_embed.stop import Stopped
 

@@ -1,7 +1,7 @@
 """The flags for evaluation sets, which all recipes share, and the reader of these sets."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from hf_embed.errors import InputError
 from hf_embed.evaluation.pair_classification import read_pair_classification
@@ -12,55 +12,52 @@ from hf_embed.evaluation.tasks import Task
 from hf_embed.evaluation.triplets import read_triplets
 from hf_embed.evaluation.zero_shot import read_zero_shot
 from hf_embed.kit.code_search import read_code_search
+from hf_embed.ranges import setting
 
 
 @dataclass
 class EvalArguments:
     """Flags of the evaluation sets."""
 
-    eval_sts_file: list[str] = field(
-        default_factory=list,
-        metadata={"help": "NAME=PATH of an STS set, or NAME=OWNER/DATASET:SPLIT (or :CONFIG:SPLIT) on the Hub. May be "
-                          "repeated.", "action": "extend"},
-    )  # fmt: skip
-    eval_retrieval_dir: list[str] = field(
-        default_factory=list,
-        metadata={"help": "NAME=DIR of a BEIR folder, NAME=DIR:SPLIT for its qrels/SPLIT.tsv, or NAME=OWNER/DATASET:SPLIT on "
-                          "the Hub. May be repeated.", "action": "extend"},
-    )  # fmt: skip
-    eval_zero_shot: list[str] = field(
-        default_factory=list,
-        metadata={"help": "NAME=PATH of a file with the columns label and text, for zero-shot classification.",
-                  "action": "extend"},
-    )  # fmt: skip
-    zero_shot_template: str = field(
-        default="this is an example of {label}", metadata={"help": "Template that makes a text from a label."}
+    eval_sts_file: list[str] = setting(
+        [],
+        "NAME=PATH of an STS set, or NAME=OWNER/DATASET:SPLIT (or :CONFIG:SPLIT) on the Hub. May be repeated.",
+        action="extend",
     )
-    zero_shot_labels: list[str] = field(
-        default_factory=list,
-        metadata={"help": "NAME=PATH of a JSON file {label: text}, with texts to use instead of the labels.",
-                  "action": "extend"},
-    )  # fmt: skip
-    eval_code_search: list[str] = field(
-        default_factory=list,
-        metadata={"help": "NAME=PATH of a jsonl file with docstring and code, or of a Python package. A docstring is the query "
-                          "for the function that it describes.", "action": "extend"},
-    )  # fmt: skip
-    eval_triplet_file: list[str] = field(
-        default_factory=list,
-        metadata={"help": "NAME=PATH of a file with anchor, positive and negative, or NAME=OWNER/DATASET:SPLIT (or "
-                          ":CONFIG:SPLIT) on the Hub. May be repeated.", "action": "extend"},
-    )  # fmt: skip
-    eval_pair_file: list[str] = field(
-        default_factory=list,
-        metadata={"help": "NAME=PATH or NAME=OWNER/DATASET:SPLIT, with sentence1, sentence2, and label: 1 for pairs that "
-                          "belong together, 0 for others.", "action": "extend"},
-    )  # fmt: skip
-    eval_reranking_file: list[str] = field(
-        default_factory=list,
-        metadata={"help": "NAME=PATH or NAME=OWNER/DATASET:SPLIT, with query, positive, negative: texts, or lists of texts.",
-                  "action": "extend"},
-    )  # fmt: skip
+    eval_retrieval_dir: list[str] = setting(
+        [],
+        "NAME=DIR of a BEIR folder, NAME=DIR:SPLIT for its qrels/SPLIT.tsv, or NAME=OWNER/DATASET:SPLIT on the Hub. May be "
+        "repeated.",
+        action="extend",
+    )
+    eval_zero_shot: list[str] = setting(
+        [], "NAME=PATH of a file with the columns label and text, for zero-shot classification.", action="extend"
+    )
+    zero_shot_template: str = setting("this is an example of {label}", "Template that makes a text from a label.")
+    zero_shot_labels: list[str] = setting(
+        [], "NAME=PATH of a JSON file {label: text}, with texts to use instead of the labels.", action="extend"
+    )
+    eval_code_search: list[str] = setting(
+        [],
+        "NAME=PATH of a jsonl file with docstring and code, or of a Python package. A docstring is the query for the "
+        "function that it describes.",
+        action="extend",
+    )
+    eval_triplet_file: list[str] = setting(
+        [],
+        "NAME=PATH of a file with anchor, positive and negative, or NAME=OWNER/DATASET:SPLIT (or :CONFIG:SPLIT) on the Hub. "
+        "May be repeated.",
+        action="extend",
+    )
+    eval_pair_file: list[str] = setting(
+        [],
+        "NAME=PATH or NAME=OWNER/DATASET:SPLIT, with sentence1, sentence2, and label: 1 for pairs that belong together, 0 "
+        "for others.",
+        action="extend",
+    )
+    eval_reranking_file: list[str] = setting(
+        [], "NAME=PATH or NAME=OWNER/DATASET:SPLIT, with query, positive, negative: texts, or lists of texts.", action="extend"
+    )
 
 
 def read_tasks(args: EvalArguments) -> dict[str, Task]:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -14,7 +14,7 @@ from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.kit.plan import TRUST
 from hf_embed.progress import bars_shown
-from hf_embed.ranges import COUNT, check_ranges
+from hf_embed.ranges import COUNT, check_ranges, setting
 from hf_embed.vector_files import filled, read_vectors
 
 MODEL_HELP = "Folder or Hub name of the model. Default: the built-in quickstart encoder."
@@ -24,13 +24,9 @@ MODEL_HELP = "Folder or Hub name of the model. Default: the built-in quickstart 
 class EncodingArguments:
     """Flags for how a model encodes. The dataclass of a recipe derives from this class."""
 
-    pooling: str | None = field(
-        default=None, metadata={"help": "Pooling of the token states. Default: the setting of the model's folder, else mean."}
-    )
-    max_length: int | None = field(
-        default=None, metadata={"help": "Maximum length of a text, in tokens. Default: the setting of the model's folder."}
-    )
-    trust_remote_code: bool = field(default=False, metadata={"help": TRUST})
+    pooling: str | None = setting(None, "Pooling of the token states. Default: the setting of the model's folder, else mean.")
+    max_length: int | None = setting(None, "Maximum length of a text, in tokens. Default: the setting of the model's folder.")
+    trust_remote_code: bool = setting(False, TRUST)
 
     def __post_init__(self) -> None:
         check_ranges(self, {"max_length": COUNT})
@@ -40,15 +36,11 @@ class EncodingArguments:
 class FastEncodingArguments(EncodingArguments):
     """Flags for a recipe that encodes many texts and saves no model: what makes it faster."""
 
-    bf16: bool = field(
-        default=False,
-        metadata={
-            "help": "Compute in bfloat16. Faster on a GPU, and on a CPU with instructions for it; it rounds the vectors."
-        },
+    bf16: bool = setting(
+        False, "Compute in bfloat16. Faster on a GPU, and on a CPU with instructions for it; it rounds the vectors."
     )
-    attn_implementation: str | None = field(
-        default=None,
-        metadata={"help": "Attention implementation: sdpa, or flash_attention_2 on a GPU ... Default: the model's."},
+    attn_implementation: str | None = setting(
+        None, "Attention implementation: sdpa, or flash_attention_2 on a GPU ... Default: the model's."
     )
 
 

@@ -37,7 +37,7 @@ from hf_embed.kit.run_folder import settle_output_dir
 from hf_embed.kit.schedule import settle_schedule
 from hf_embed.objectives import Matryoshka, Objective, SimCSE
 from hf_embed.progress import hidden_bars
-from hf_embed.ranges import COUNT, Range, check_ranges
+from hf_embed.ranges import COUNT, Range, check_ranges, setting
 from hf_embed.trainer_inputs import as_task
 from hf_embed.trainer_settings import check_metric
 from hf_embed.training_record import on_the_hub
@@ -60,33 +60,20 @@ def refuse_unused(flags: Any, names: Sequence[str], needed: str, mend: str) -> N
 class ModelArguments:
     """Flags of the model."""
 
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Hub name or folder of the model. Default: a small built-in model."}
+    model_name_or_path: str | None = setting(None, "Hub name or folder of the model. Default: a small built-in model.")
+    dropout: float | None = setting(None, "Value for all dropout rates of the model. Default: the model's own rates.")
+    trust_remote_code: bool = setting(False, TRUST)
+    attn_implementation: str | None = setting(None, "Attention implementation: eager, sdpa, flash_attention_2 ...")
+    lora_r: int = setting(0, "Rank of LoRA adapters to train; they are merged at export. 0: train all weights.")
+    lora_alpha: int = setting(32, "With LoRA: the adapters are multiplied by lora_alpha / lora_r.")
+    lora_dropout: float = setting(0.05, "With LoRA: dropout rate before the adapters.")
+    lora_target_modules: list[str] | None = setting(
+        None, "With LoRA: names of the modules to adapt. Default: every linear layer."
     )
-    dropout: float | None = field(
-        default=None, metadata={"help": "Value for all dropout rates of the model. Default: the model's own rates."}
+    load_in_4bit: bool = setting(
+        False, "With LoRA: hold the frozen weights in 4 bits (QLoRA; needs bitsandbytes). They are saved in float32."
     )
-    trust_remote_code: bool = field(default=False, metadata={"help": TRUST})
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "Attention implementation: eager, sdpa, flash_attention_2 ..."}
-    )
-    lora_r: int = field(
-        default=0, metadata={"help": "Rank of LoRA adapters to train; they are merged at export. 0: train all weights."}
-    )
-    lora_alpha: int = field(default=32, metadata={"help": "With LoRA: the adapters are multiplied by lora_alpha / lora_r."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "With LoRA: dropout rate before the adapters."})
-    lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "With LoRA: names of the modules to adapt. Default: every linear layer."}
-    )
-    load_in_4bit: bool = field(
-        default=False,
-        metadata={
-            "help": "With LoRA: hold the frozen weights in 4 bits (QLoRA; needs bitsandbytes). They are saved in float32."
-        },
-    )
-    save_adapter: bool = field(
-        default=False, metadata={"help": "With LoRA: also save the adapters by themselves, in OUTPUT_DIR/adapter."}
-    )
+    save_adapter: bool = setting(False, "With LoRA: also save the adapters by themselves, in OUTPUT_DIR/adapter.")
 
     def __post_init__(self) -> None:
         rate, whole = Range(least=0, below=1), Range(least=0, whole=True)
@@ -101,30 +88,19 @@ class ModelArguments:
 class DataArguments:
     """Flags of the training rows."""
 
-    train_file: str | None = field(
-        default=None, metadata={"help": "Training file: txt, csv, tsv, jsonl or parquet, gzipped or not."}
+    train_file: str | None = setting(None, "Training file: txt, csv, tsv, jsonl or parquet, gzipped or not.")
+    dataset_name: str | None = setting(None, "Name of a Hub dataset, instead of a file.")
+    dataset_config: str | None = setting(None, "Configuration of the Hub dataset.")
+    dataset_split: str = setting("train", "Split of the Hub dataset.")
+    columns: list[str] = setting([], "Role of each column: anchor=question positive=answer [negative=wrong ...], or text=body.")
+    eval_file: str | None = setting(
+        None,
+        "Held-out rows, in the format of --train_file; their loss is eval_loss. The negatives of a row are the other rows of "
+        "a batch of --per_device_eval_batch_size rows.",
     )
-    dataset_name: str | None = field(default=None, metadata={"help": "Name of a Hub dataset, instead of a file."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the Hub dataset."})
-    dataset_split: str = field(default="train", metadata={"help": "Split of the Hub dataset."})
-    columns: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Role of each column: anchor=question positive=answer [negative=wrong ...], or text=body."},
-    )
-    eval_file: str | None = field(
-        default=None,
-        metadata={"help": "Held-out rows, in the format of --train_file; their loss is eval_loss. The negatives of a row are "
-                          "the other rows of a batch of --per_device_eval_batch_size rows."},
-    )  # fmt: skip
-    ignore_columns: list[str] = field(
-        default_factory=list, metadata={"help": "Columns to ignore, for example a label beside pairs that are all positive."}
-    )
-    quoting: bool = field(
-        default=True, metadata={"help": "In a csv file, quotes enclose a cell; if off, quotes are part of the texts."}
-    )
-    sources: str | None = field(
-        default=None, metadata={"help": "YAML file that lists several sources, instead of one file; docs/gte.md shows one."}
-    )
+    ignore_columns: list[str] = setting([], "Columns to ignore, for example a label beside pairs that are all positive.")
+    quoting: bool = setting(True, "In a csv file, quotes enclose a cell; if off, quotes are part of the texts.")
+    sources: str | None = setting(None, "YAML file that lists several sources, instead of one file; docs/gte.md shows one.")
 
     def __post_init__(self) -> None:
         read_columns(self.columns)
@@ -141,32 +117,23 @@ NO_DATA = "there is no training data; give --train_file FILE, --dataset_name NAM
 class RunArguments:
     """Flags of the run and the model card."""
 
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace the run in the output folder."})
-    seeds: str | None = field(
-        default=None,
-        metadata={"help": "Train with each seed of 1,2,3 (not with --seed) and keep the best."},
+    overwrite_output_dir: bool = setting(False, "Replace the run in the output folder.")
+    seeds: str | None = setting(None, "Train with each seed of 1,2,3 (not with --seed) and keep the best.")
+    language: list[str] | None = setting(None, "For the card: languages of the texts, e.g. en de.")
+    license: str | None = setting(None, "For the card: the license, as the Hub writes it, e.g. apache-2.0.")
+    title: str | None = setting(None, "Title of the card. Default: the name of the output folder.")
+    show_searches: int = setting(0, "Number of searches of each retrieval set that are printed at the end.")
+    early_stopping_patience: int | None = setting(
+        None, "Stop after this many evaluations without a better metric_for_best_model."
     )
-    language: list[str] | None = field(default=None, metadata={"help": "For the card: languages of the texts, e.g. en de."})
-    license: str | None = field(
-        default=None, metadata={"help": "For the card: the license, as the Hub writes it, e.g. apache-2.0."}
+    preflight: bool = setting(
+        False, "Check the training rows (duplicates, lengths, false negatives ...), print a report, do not train."
     )
-    title: str | None = field(default=None, metadata={"help": "Title of the card. Default: the name of the output folder."})
-    show_searches: int = field(
-        default=0, metadata={"help": "Number of searches of each retrieval set that are printed at the end."}
+    preflight_sample: int | None = setting(
+        None, "With --preflight: rows of each source to tokenize. 0: all. Default: 20,000, fewer for long texts."
     )
-    early_stopping_patience: int | None = field(
-        default=None, metadata={"help": "Stop after this many evaluations without a better metric_for_best_model."}
-    )
-    preflight: bool = field(
-        default=False,
-        metadata={"help": "Check the training rows (duplicates, lengths, false negatives ...), print a report, do not train."},
-    )
-    preflight_sample: int | None = field(
-        default=None,
-        metadata={"help": "With --preflight: rows of each source to tokenize. 0: all. Default: 20,000, fewer for long texts."},
-    )
-    preflight_file: str | None = field(default=None, metadata={"help": "With --preflight: file for the report, as JSON."})
-    strict: bool = field(default=False, metadata={"help": "With --preflight: exit with status 1 if there are findings."})
+    preflight_file: str | None = setting(None, "With --preflight: file for the report, as JSON.")
+    strict: bool = setting(False, "With --preflight: exit with status 1 if there are findings.")
 
     def __post_init__(self) -> None:
         whole = Range(least=0, whole=True)
@@ -178,9 +145,7 @@ class RunArguments:
 class MatryoshkaArguments:
     """The flag of `Matryoshka`, which wraps a recipe's own objective."""
 
-    matryoshka_dims: list[int] | None = field(
-        default=None, metadata={"help": "Also train these widths of the embedding, e.g. 384 256 128 64."}
-    )
+    matryoshka_dims: list[int] | None = setting(None, "Also train these widths of the embedding, e.g. 384 256 128 64.")
 
     def __post_init__(self) -> None:
         self.wrap(SimCSE())  # Matryoshka checks the widths
@@ -194,13 +159,9 @@ class MatryoshkaArguments:
 class PositiveArguments:
     """Flags of the positives of single sentences."""
 
-    positive: str = field(default="dropout", metadata={"help": f"What a sentence is paired with: {', '.join(KNOWN)}."})
-    synonyms: str | None = field(
-        default=None, metadata={"help": "For synonym: a file whose lines hold a word, a tab, and its synonyms."}
-    )
-    fill_model: str | None = field(
-        default=None, metadata={"help": "For mask_fill: a masked language model. Default: the model itself."}
-    )
+    positive: str = setting("dropout", f"What a sentence is paired with: {', '.join(KNOWN)}.")
+    synonyms: str | None = setting(None, "For synonym: a file whose lines hold a word, a tab, and its synonyms.")
+    fill_model: str | None = setting(None, "For mask_fill: a masked language model. Default: the model itself.")
 
     def check_used(self) -> None:
         """Raise InputError if the kind of positive does not use a flag that is given."""

@@ -13,7 +13,7 @@ import dataclasses
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -27,7 +27,7 @@ from hf_embed.disk import check_folder
 from hf_embed.distributed import get_rank, get_world_size, is_main_process, mean_over_ranks, take_weights_of_main
 from hf_embed.errors import InputError, in_short
 from hf_embed.progress import progress_bar, quiet_libraries
-from hf_embed.ranges import COUNT, POSITIVE, SEED
+from hf_embed.ranges import COUNT, POSITIVE, REQUIRED, SEED, setting
 from hf_embed.safe_files import can_be_replaced, new_folder, write_json, writing
 from hf_embed.work_files import digest
 
@@ -42,31 +42,26 @@ Rows = TypeVar("Rows", list, Tensor)
 class PretrainArguments:
     """Flags of `pretrain_encoder.py`."""
 
-    train_file: str = field(
-        metadata={"help": "Sentences: a txt file with one per line, or a table with a column text, gzipped or not."}
+    train_file: str = setting(
+        REQUIRED, "Sentences: a txt file with one per line, or a table with a column text, gzipped or not."
     )
-    output_dir: str = field(metadata={"help": "Folder for the encoder."})
-    objective: Literal["distill", "mlm"] = field(
-        default="distill",
-        metadata={"help": "distill: predict a teacher's hidden states. mlm: fill in masked tokens, without a teacher."},
+    output_dir: str = setting(REQUIRED, "Folder for the encoder.")
+    objective: Literal["distill", "mlm"] = setting(
+        "distill", "distill: predict a teacher's hidden states. mlm: fill in masked tokens, without a teacher."
     )
-    teacher: str | None = field(default=None, metadata={"help": "For distill: Hub name or folder of a BERT to learn from."})
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run the teacher's own Python code, if it has any; read this code first."}
-    )
-    teacher_layer: int = field(
-        default=4, metadata={"help": "For distill: layer of the teacher whose hidden states are predicted."}
-    )
-    vocab_size: int = field(default=12000, metadata={"help": "Number of pieces in the encoder's vocabulary."})
-    hidden_size: int = field(default=192, metadata={"help": "Width of the encoder's layers."})
-    num_layers: int = field(default=4, metadata={"help": "Number of the encoder's layers."})
-    num_heads: int = field(default=6, metadata={"help": "Number of attention heads in a layer."})
-    max_length: int = field(default=512, metadata={"help": "Maximum length of a text, in tokens."})
-    sentence_tokens: int = field(default=14_000_000, metadata={"help": "Number of tokens to train on in short texts."})
-    long_tokens: int = field(default=4_000_000, metadata={"help": "Number of tokens to train on in longer texts."})
-    batch_tokens: int = field(default=5120, metadata={"help": "Number of tokens in a batch."})
-    learning_rate: float = field(default=2e-3, metadata={"help": "Highest learning rate of the schedule."})
-    seed: int = field(default=1, metadata={"help": "Seed of the order of the texts and of the masked tokens."})
+    teacher: str | None = setting(None, "For distill: Hub name or folder of a BERT to learn from.")
+    trust_remote_code: bool = setting(False, "Run the teacher's own Python code, if it has any; read this code first.")
+    teacher_layer: int = setting(4, "For distill: layer of the teacher whose hidden states are predicted.")
+    vocab_size: int = setting(12000, "Number of pieces in the encoder's vocabulary.")
+    hidden_size: int = setting(192, "Width of the encoder's layers.")
+    num_layers: int = setting(4, "Number of the encoder's layers.")
+    num_heads: int = setting(6, "Number of attention heads in a layer.")
+    max_length: int = setting(512, "Maximum length of a text, in tokens.")
+    sentence_tokens: int = setting(14_000_000, "Number of tokens to train on in short texts.")
+    long_tokens: int = setting(4_000_000, "Number of tokens to train on in longer texts.")
+    batch_tokens: int = setting(5120, "Number of tokens in a batch.")
+    learning_rate: float = setting(2e-3, "Highest learning rate of the schedule.")
+    seed: int = setting(1, "Seed of the order of the texts and of the masked tokens.")
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

@@ -3,7 +3,7 @@
 Shapes: B rows of this rank ("own rows"), N rows of all ranks, D numbers per embedding.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from hf_embed.errors import InputError
 from hf_embed.objectives.base import Batch, Objective
 from hf_embed.objectives.tiles import by_tiles
-from hf_embed.ranges import POSITIVE, check_ranges
+from hf_embed.ranges import POSITIVE, check_ranges, setting
 
 
 @dataclass
@@ -41,7 +41,7 @@ class CoSENT(Objective):
     paper: ClassVar[str] = "Su: CoSENT, https://kexue.fm/archives/8847"
     needs = ("scores",)  # of each pair
 
-    temperature: float = field(default=0.05, metadata={"help": "Temperature that the cosine similarities are divided by."})
+    temperature: float = setting(0.05, "Temperature that the cosine similarities are divided by.")
 
     def __post_init__(self) -> None:
         check_ranges(self, {"temperature": POSITIVE})

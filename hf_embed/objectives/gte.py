@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from hf_embed.errors import InputError
 from hf_embed.objectives.base import GUIDE_HELP, Batch, Objective
 from hf_embed.objectives.masking import false_negatives
-from hf_embed.ranges import COUNT, FINITE, POSITIVE, check_ranges, is_one_of
+from hf_embed.ranges import COUNT, FINITE, POSITIVE, check_ranges, is_one_of, setting
 
 DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 TILE_SIZE = 2**26  # largest number of similarities in a tile: 256 MiB in float32
@@ -72,21 +72,19 @@ class ImprovedContrastive(Objective):
         "Li et al.: Towards General Text Embeddings with Multi-stage Contrastive Learning, https://arxiv.org/abs/2308.03281"
     )
 
-    temperature: float = field(default=0.01, metadata={"help": "Softmax temperature of the loss."})
-    directions: tuple[str, ...] = field(
-        default=DIRECTIONS,
-        metadata={"help": "The sums in the loss: query_to_doc query_to_query doc_to_query doc_to_doc. query_to_doc alone is "
-                          "the standard loss with in-batch negatives."},
-    )  # fmt: skip
-    partition_mode: Literal["joint", "per_direction"] = field(
-        default="joint", metadata={"help": "One softmax over all directions, or one for each direction."}
+    temperature: float = setting(0.01, "Softmax temperature of the loss.")
+    directions: tuple[str, ...] = setting(
+        DIRECTIONS,
+        "The sums in the loss: query_to_doc query_to_query doc_to_query doc_to_doc. query_to_doc alone is the standard loss "
+        "with in-batch negatives.",
     )
-    positive_once: bool = field(default=False, metadata={"help": "Count the positive only once in the joint softmax."})
-    margin: float | None = field(
-        default=None, metadata={"help": "Ignore candidates that score above the positive's score minus this margin."}
+    partition_mode: Literal["joint", "per_direction"] = setting(
+        "joint", "One softmax over all directions, or one for each direction."
     )
-    guide_margin: float | None = field(default=None, metadata={"help": GUIDE_HELP})
-    learn_temperature: bool = field(default=False, metadata={"help": "Learn the temperature in training."})
+    positive_once: bool = setting(False, "Count the positive only once in the joint softmax.")
+    margin: float | None = setting(None, "Ignore candidates that score above the positive's score minus this margin.")
+    guide_margin: float | None = setting(None, GUIDE_HELP)
+    learn_temperature: bool = setting(False, "Learn the temperature in training.")
     tile_rows: int | None = field(default=None, metadata={"flag": False})
 
     def __post_init__(self) -> None:

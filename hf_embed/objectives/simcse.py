@@ -4,7 +4,7 @@ Shapes: B rows of this rank ("own rows"), N rows of all ranks, V texts per row (
 numbers per embedding.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -15,7 +15,7 @@ from hf_embed.errors import InputError
 from hf_embed.objectives.base import GUIDE_HELP, Batch, Objective
 from hf_embed.objectives.masking import false_negatives
 from hf_embed.objectives.tiles import by_tiles
-from hf_embed.ranges import FINITE, POSITIVE, Range, check_ranges
+from hf_embed.ranges import FINITE, POSITIVE, Range, check_ranges, setting
 
 
 @dataclass
@@ -59,14 +59,13 @@ class SimCSE(Objective):
         "Gao, Yao, Chen: SimCSE: Simple Contrastive Learning of Sentence Embeddings, https://arxiv.org/abs/2104.08821"
     )
 
-    temperature: float = field(default=0.05, metadata={"help": "Softmax temperature of the loss."})
-    hard_negative_weight: float = field(default=0.0, metadata={"help": "Number added to the logits of own hard negatives."})
-    mlm_weight: float = field(default=0.0, metadata={"help": "Weight of the masked-language-modeling loss."})
-    mask_other_positives: bool = field(
-        default=True,
-        metadata={"help": "Do not use other positives of the same anchor as negatives. False is the paper's form of the loss."},
+    temperature: float = setting(0.05, "Softmax temperature of the loss.")
+    hard_negative_weight: float = setting(0.0, "Number added to the logits of own hard negatives.")
+    mlm_weight: float = setting(0.0, "Weight of the masked-language-modeling loss.")
+    mask_other_positives: bool = setting(
+        True, "Do not use other positives of the same anchor as negatives. False is the paper's form of the loss."
     )
-    guide_margin: float | None = field(default=None, metadata={"help": GUIDE_HELP})
+    guide_margin: float | None = setting(None, GUIDE_HELP)
 
     def __post_init__(self) -> None:
         ranges = {"temperature": POSITIVE, "hard_negative_weight": FINITE, "mlm_weight": Range(least=0), "guide_margin": FINITE}

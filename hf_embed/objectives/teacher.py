@@ -4,7 +4,7 @@ Shapes: B rows of this rank ("own rows"), N rows of all ranks, V texts per row (
 numbers per embedding.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -15,7 +15,7 @@ from hf_embed.entry import recipe_command
 from hf_embed.errors import InputError
 from hf_embed.objectives.base import Batch, Objective
 from hf_embed.objectives.tiles import by_tiles
-from hf_embed.ranges import POSITIVE, check_ranges, is_one_of
+from hf_embed.ranges import POSITIVE, check_ranges, is_one_of, setting
 
 
 def check_candidates(texts_per_row: int, loss: str, name: str) -> None:
@@ -58,12 +58,12 @@ class TeacherKL(Objective):
     equation: ClassVar[str] = "loss_i = KL( softmax_c(y_ic / t') || softmax_c(cos(a_i, c) / t) )"
     paper: ClassVar[str] = "Ren et al.: RocketQAv2, https://arxiv.org/abs/2110.07367"
 
-    temperature: float = field(default=0.05, metadata={"help": "Temperature of the student's similarities."})
-    teacher_temperature: float | None = field(
-        default=None, metadata={"help": "Temperature of the teacher's scores. Default: 1 for row, temperature for batch."}
+    temperature: float = setting(0.05, "Temperature of the student's similarities.")
+    teacher_temperature: float | None = setting(
+        None, "Temperature of the teacher's scores. Default: 1 for row, temperature for batch."
     )
-    candidates: Literal["row", "batch"] = field(
-        default="row", metadata={"help": "What the teacher scores: the texts of a row, or all texts of the batch."}
+    candidates: Literal["row", "batch"] = setting(
+        "row", "What the teacher scores: the texts of a row, or all texts of the batch."
     )
 
     def __post_init__(self) -> None:
@@ -143,7 +143,7 @@ class MarginMSE(Objective):
     )
     needs = ("scores",)  # of the positive and the negatives of each row
 
-    similarity: Literal["dot", "cosine"] = field(default="dot", metadata={"help": "Similarity of the student: dot or cosine."})
+    similarity: Literal["dot", "cosine"] = setting("dot", "Similarity of the student: dot or cosine.")
 
     def __post_init__(self) -> None:
         if not is_one_of(self.similarity, ("dot", "cosine")):
@@ -198,7 +198,7 @@ class VectorDistillation(Objective):
     )
     needs = ("target",)  # the teacher's vectors in the width of the model that is trained
 
-    loss: Literal["cosine", "mse"] = field(default="cosine", metadata={"help": "Distance to the teacher's vectors."})
+    loss: Literal["cosine", "mse"] = setting("cosine", "Distance to the teacher's vectors.")
 
     def __post_init__(self) -> None:
         if not is_one_of(self.loss, ("cosine", "mse")):
