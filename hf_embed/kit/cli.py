@@ -88,10 +88,7 @@ class Parser(HfArgumentParser):
 
     @property
     def positionals(self) -> dict[str, str]:
-        """The positional flags, with their names in messages: {"folder": "FOLDER"}.
-
-        The value of a positional flag may come first on the command line, without the flag.
-        """
+        """The flags whose values may come first on the command line, with their names in messages: {"folder": "FOLDER"}."""
         fields = [field for kind in self.kinds for field in dataclasses.fields(kind) if field.metadata.get("positional")]
         return {field.name: str(self.actions[field.name].metavar or field.name.upper()) for field in fields}
 
