@@ -296,7 +296,7 @@ class CheckpointTrainer(HubTrainer):
         if best is not None and self.args.save_total_limit == 1 and self.args.should_save:
             for path in whole.checkpoints_in(Path(run_folder(self, trial))):
                 if not path.samefile(best):  # Trainer would remove it file by file, which could leave a damaged checkpoint
-                    safe_files.remove_folder(path)
+                    safe_files.remove(path)
         return super()._finalize_training(trial, num_train_samples, start_time)
 
     def _load_best_model(self) -> None:

@@ -2,7 +2,7 @@
 
 A private name may change with any release. tests/test_library_internals.py has one test for each name, so after an upgrade the
 tests show at once which name has changed. Only this file must then be adapted. No other module may use a private name of
-another library.
+another library. The private methods that classes of this package override are listed in that test file.
 """
 
 import argparse
@@ -25,30 +25,6 @@ if TYPE_CHECKING:
 
 __all__ = ["PushInProgress"]  # internal to transformers, but `Trainer.push_in_progress` must be an object of this class
 
-# Private methods of `Trainer` that `ContrastiveTrainer` overrides, and those of their parameters that it names.
-# fmt: off
-REPLACED_TRAINER_METHODS: dict[str, tuple[str, ...]] = {
-    "_save": ("output_dir", "state_dict"),
-    "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
-    "_load_best_model": (),
-    "_save_checkpoint": ("model", "trial"),
-    "_determine_best_metric": ("metrics", "trial"),
-    "_load_optimizer_and_scheduler": ("checkpoint",),
-    "_load_rng_state": ("checkpoint",),
-    "_prepare_for_training": (),
-    "_init_training_state": (
-        "max_steps", "num_update_steps_per_epoch", "num_train_epochs", "resume_from_checkpoint", "trial"
-    ),
-    "_run_epoch": (),
-    "_finalize_training": ("trial", "num_train_samples", "start_time"),
-    "_push_from_checkpoint": ("checkpoint_folder",),
-    "_finish_current_push": (),
-    "_evaluate": ("trial", "ignore_keys_for_eval", "skip_scheduler"),
-    "_maybe_log_save_evaluate": ("tr_loss", "grad_norm", "model", "trial"),
-    "_get_grad_norm": ("model", "grad_norm"),
-    "_prepare_input": ("data",),
-}
-# fmt: on
 # Methods of `Trainer` that `ContrastiveTrainer` never calls, and what a subclass can define in their place.
 NOT_CALLED = {
     "create_optimizer_and_scheduler": "create_optimizer and create_scheduler",
@@ -70,8 +46,6 @@ COUNTED = (
     "reset_start",
     "_streaming_avg",
 )  # fmt: skip
-# Private methods of `evaluate.Metric` that a metric must define.
-METRIC_METHODS = ("_info", "_compute")
 
 
 # ---- transformers: configs and models ----

@@ -260,21 +260,21 @@ def link_tree(source: Path, target: Path) -> None:
             shutil.copy2(source, target)
 
 
-def remove_folder(folder: Path) -> None:
-    """Remove a folder. It is renamed first, so that an incomplete folder is never taken for a complete one."""
-    going = folder if folder.name.startswith(SAVING) else folder.with_name(f"{SAVING}{os.getpid()}-{next(numbers)}")
-    if going != folder:
-        folder.rename(going)
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder. A folder is renamed first, so that a part of it is never taken for the whole."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    going = path if path.name.startswith(SAVING) else path.with_name(f"{SAVING}{os.getpid()}-{next(numbers)}")
+    if going != path:
+        path.rename(going)
     shutil.rmtree(going, ignore_errors=True)
 
 
 def remove_leftovers(folder: Path) -> None:
     """Remove incomplete files that killed processes left in a folder. Only the process that holds its lock may call this."""
     for path in folder.glob(f"{SAVING}*"):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        remove(path)
 
 
 def clear_leftovers(folder: Path) -> None:

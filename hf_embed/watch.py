@@ -141,43 +141,30 @@ class Watch(TrainerCallback):
         self.skipped = self.skipped_in_a_row = 0
 
     def on_pre_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """If the gradient is NaN or infinite, end the run or skip the update, before the gradient changes any weight."""
-        assert model is not None
         if self.norm is None or math.isfinite(self.norm):
             self.skipped_in_a_row = 0
             return
         step = state.global_step + 1
         if cast(ContrastiveTrainingArguments, args).nan_steps != "skip":
             raise self.error(args, f"the loss or its gradient is NaN or infinite at step {step} (its update was not applied)")
-        model.zero_grad()  # sets gradients to None, so that the optimizer changes neither the weights nor its own averages
+        # Sets gradients to None, so that the optimizer changes neither the weights nor its own averages.
+        kwargs["model"].zero_grad()
         self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
         self.last = self.finite = None
         if self.skipped_in_a_row == MOST_SKIPPED:
             raise self.error(args, f"the gradients of {MOST_SKIPPED} steps in a row were NaN or infinite, up to step {step}")
 
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """End the run on all ranks if a loss or a weight is NaN or infinite.
 
         This is checked before a log (losses only), before an evaluation or a checkpoint, and at the end of the training.
         """
-        assert model is not None
-        if not (control.should_log or control.should_save or control.should_evaluate or control.should_training_stop):
-            return
-        self.check(args, state, model, control.should_save or control.should_evaluate or control.should_training_stop)
+        of_weights = control.should_save or control.should_evaluate or control.should_training_stop
+        if control.should_log or of_weights:
+            self.check(args, state, kwargs["model"], of_weights)
 
     def check(self, args: TrainingArguments, state: TrainerState, model: nn.Module, of_weights: bool) -> None:
         """Check the losses since the last check and, if `of_weights`, also the weights. Every rank must call this.

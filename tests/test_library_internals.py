@@ -34,6 +34,33 @@ from hf_embed.step import TrainingStep
 
 ROOT = Path(__file__).parent.parent
 
+# Private methods of `Trainer` that `ContrastiveTrainer` overrides, and those of their parameters that it names.
+# fmt: off
+REPLACED_TRAINER_METHODS: dict[str, tuple[str, ...]] = {
+    "_save": ("output_dir", "state_dict"),
+    "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
+    "_load_best_model": (),
+    "_save_checkpoint": ("model", "trial"),
+    "_determine_best_metric": ("metrics", "trial"),
+    "_load_optimizer_and_scheduler": ("checkpoint",),
+    "_load_rng_state": ("checkpoint",),
+    "_prepare_for_training": (),
+    "_init_training_state": (
+        "max_steps", "num_update_steps_per_epoch", "num_train_epochs", "resume_from_checkpoint", "trial"
+    ),
+    "_run_epoch": (),
+    "_finalize_training": ("trial", "num_train_samples", "start_time"),
+    "_push_from_checkpoint": ("checkpoint_folder",),
+    "_finish_current_push": (),
+    "_evaluate": ("trial", "ignore_keys_for_eval", "skip_scheduler"),
+    "_maybe_log_save_evaluate": ("tr_loss", "grad_norm", "model", "trial"),
+    "_get_grad_norm": ("model", "grad_norm"),
+    "_prepare_input": ("data",),
+}
+# fmt: on
+# Private methods of `evaluate.Metric` that a metric must define.
+METRIC_METHODS = ("_info", "_compute")
+
 
 def plain_trainer(folder, trainer_class: type[Trainer] = Trainer, **settings) -> Trainer:
     args = TrainingArguments(str(folder), use_cpu=True, report_to="none", **settings)
@@ -94,10 +121,10 @@ TRAINER_MODULE = ast.parse(inspect.getsource(transformers.trainer))
 CALLS_IN_TRAINER = [node for node in ast.walk(TRAINER_MODULE) if isinstance(node, ast.Call)]
 
 
-@pytest.mark.parametrize("name", internals.REPLACED_TRAINER_METHODS)
+@pytest.mark.parametrize("name", REPLACED_TRAINER_METHODS)
 def test_trainer_calls_the_methods_that_are_replaced(name):
     own, replaced = (inspect.signature(getattr(kind, name)) for kind in (ContrastiveTrainer, Trainer))
-    named = internals.REPLACED_TRAINER_METHODS[name]
+    named = REPLACED_TRAINER_METHODS[name]
     passed_on = [part.name for part in own.parameters.values() if part.kind in (part.VAR_POSITIONAL, part.VAR_KEYWORD)]
     assert tuple(own.parameters)[1:] == (*named, *passed_on)
     assert tuple(replaced.parameters)[1:][: len(named) if passed_on else None] == named
@@ -112,7 +139,7 @@ def test_trainer_calls_the_methods_that_are_replaced(name):
 def test_no_other_private_method_of_trainer_is_replaced():
     kinds = [kind for kind in ContrastiveTrainer.__mro__ if kind.__module__.startswith("hf_embed.")]
     private = {name for kind in kinds for name in vars(kind) if name.startswith("_") and not name.startswith("__")}
-    assert {name for name in private if hasattr(Trainer, name)} == set(internals.REPLACED_TRAINER_METHODS)
+    assert {name for name in private if hasattr(Trainer, name)} == set(REPLACED_TRAINER_METHODS)
 
 
 def test_use_one_gpu(tmp_path):
@@ -314,7 +341,7 @@ def test_indices_of():
 
 
 def test_metric_methods():
-    assert all(hasattr(evaluate.Metric, name) for name in internals.METRIC_METHODS)
+    assert all(hasattr(evaluate.Metric, name) for name in METRIC_METHODS)
     own = [kind for kind in vars(metrics).values() if isinstance(kind, type) and issubclass(kind, evaluate.Metric)]
     assert {name for kind in own for name in vars(kind) if name[0] == "_" != name[1]} == {"_info", "_compute"}
     assert metrics.SpearmanCosine().compute(predictions=[0.1, 0.2], references=[1, 2]) == {"spearman": pytest.approx(100)}

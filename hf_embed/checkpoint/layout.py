@@ -233,12 +233,8 @@ class DropoutModule(Module):
 
 # The supported modules, in the only supported order. Dropout may stand anywhere.
 KINDS: dict[str, type[Module]] = {
-    "Transformer": TransformerModule,
-    "WeightedLayerPooling": LayerPoolingModule,
-    "Pooling": PoolingModule,
-    "Dense": DenseModule,
-    "Normalize": NormalizeModule,
-    "Dropout": DropoutModule,
+    module.kind: module
+    for module in (TransformerModule, LayerPoolingModule, PoolingModule, DenseModule, NormalizeModule, DropoutModule)
 }
 ORDER = list(KINDS)
 Kind = TypeVar("Kind", bound=Module)

@@ -33,7 +33,7 @@ from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.pooling import POOLINGS
 from hf_embed.progress import quiet_libraries
-from hf_embed.safe_files import SAVING, can_be_replaced, flush, flush_one, link_tree, new_folder
+from hf_embed.safe_files import SAVING, can_be_replaced, flush, flush_one, link_tree, new_folder, remove
 from hf_embed.tempscale import applied_tempscale, apply_tempscale, remove_tempscale
 from hf_embed.tempscale.fold import folded, why_not_foldable
 from hf_embed.text_models import is_remote
@@ -156,14 +156,6 @@ def renewed(folder: Path, clear: bool = False) -> Iterator[Path]:
         if there:
             shutil.copymode(folder, new)
         yield new
-
-
-def remove(path: Path) -> None:
-    """Remove a file, a link or a folder."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
 
 
 def put_in_place(new: Path, folder: Path) -> None:

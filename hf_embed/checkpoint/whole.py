@@ -17,7 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_embed.errors import InputError
 from hf_embed.read_files import read_json
-from hf_embed.safe_files import SAVING, hash_of, remove_folder
+from hf_embed.safe_files import SAVING, hash_of, remove
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def rotate(folder: Path, limit: int | None, keep: set[str], step: int) -> None:
     surplus = 0 if limit is None else len(found) - max(limit, len(keep))
     for path in sorted(found, key=lambda path: (found[path] <= step, found[path])):
         if surplus > 0 and path.name not in keep:
-            remove_folder(path)
+            remove(path)
             surplus -= 1
 
 

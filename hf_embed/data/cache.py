@@ -30,7 +30,7 @@ from datasets.fingerprint import Hasher, generate_random_fingerprint
 from hf_embed.disk import SAVING, check_folder, disk_errors
 from hf_embed.library_internals import indices_of
 from hf_embed.progress import table_bars
-from hf_embed.safe_files import hash_of, is_sealed, put, remove_folder, seal, seal_of
+from hf_embed.safe_files import hash_of, is_sealed, put, remove, seal, seal_of
 from hf_embed.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -188,4 +188,4 @@ def remove_old(folder: Path) -> None:
     for path in folder.glob(f"{SAVING}*"):
         with contextlib.suppress(OSError):
             if time.time() - max(part.stat().st_mtime for part in [path, *path.glob("*")]) > OLD:
-                remove_folder(path) if path.is_dir() else path.unlink()
+                remove(path)

@@ -72,15 +72,14 @@ class RaggedCollator:
                 lengths.append(len(text))
                 slots.append(i * views + view)
             text_ids[i, : len(hashes)] = torch.tensor(hashes)
-        batch = {
+        return {
             "input_ids": torch.tensor(ids),
             "lengths": lengths,
             "slots": torch.tensor(slots),
             "text_ids": text_ids,
             "source": source,
+            "further": self.further(rows, views),
         }
-        batch["further"] = self.further(rows, views)
-        return batch
 
     def further(self, rows: list[dict], views: int) -> dict[str, Tensor]:
         """Return the further arguments of the objective that the rows provide."""

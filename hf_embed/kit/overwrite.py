@@ -25,7 +25,7 @@ from hf_embed.safe_files import (
     link_tree,
     lock_folder,
     release,
-    remove_folder,
+    remove,
     replace_folder,
     replaced_name,
 )
@@ -83,7 +83,7 @@ def begin(folder: Path) -> None:
     print(f"{place_of(folder)} holds an earlier run; the new run trains in {folder} and replaces it when it is complete")
     if folder.is_dir() and not (folder / UNFINISHED).is_file():
         release(folder)
-        remove_folder(folder)
+        remove(folder)
         folder.mkdir()
         lock_folder(folder)
     (place_of(folder) / UNFINISHED).unlink(missing_ok=True)  # from a run that was killed after it had taken its place
@@ -152,11 +152,3 @@ def earlier_files(folder: Path) -> list[Path]:
             paths += sorted(seed.glob("*"))
     logs = [path for path in paths if path.name == "runs" and not path.is_symlink()]  # the new run writes there too
     return [path for path in paths if path.name != "runs"] + [path for parent in logs for path in sorted(parent.glob("*"))]
-
-
-def remove(path: Path) -> None:
-    """Remove a file or a folder. If it is a symbolic link, remove only the link."""
-    if path.is_dir() and not path.is_symlink():
-        remove_folder(path)
-    else:
-        path.unlink(missing_ok=True)

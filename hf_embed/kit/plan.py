@@ -28,10 +28,7 @@ from hf_embed.evaluation.tasks import Task
 from hf_embed.hub_access import find_model
 from hf_embed.kit import cli
 from hf_embed.kit.eval_flags import EvalArguments, joined, read_tasks
-from hf_embed.kit.overwrite import (
-    EarlierRun,
-    earlier_files,
-)
+from hf_embed.kit.overwrite import EarlierRun, earlier_files
 from hf_embed.kit.positives import KNOWN, WITHOUT_ROWS, add_positives, parse_positive
 from hf_embed.kit.run_folder import settle_output_dir
 from hf_embed.kit.schedule import settle_schedule
