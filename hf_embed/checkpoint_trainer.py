@@ -10,7 +10,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -37,12 +37,11 @@ from hf_embed.library_internals import (
     set_base_rates,
     train_batch_size,
 )
+from hf_embed.objectives import Objective
 from hf_embed.progress import hidden_bars, hidden_messages
 from hf_embed.read_files import read_json
+from hf_embed.step import TrainingStep
 from hf_embed.trainer_settings import METRIC_SCHEDULES
-
-if TYPE_CHECKING:
-    from hf_embed.trainer import ContrastiveTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +59,11 @@ class CheckpointTrainer(HubTrainer):
     """The part of `ContrastiveTrainer` that writes checkpoints and resumes from them."""
 
     args: ContrastiveTrainingArguments
-    check_unchanged: Callable[[], None]  # see `GuardedTrainer`
+    step: TrainingStep  # this and the next four are set by the classes that derive from this one
+    main_objective: Objective
+    teacher_identity: str
+    optimizer_of: dict[str, Any] | None
+    check_unchanged: Callable[[], None]
     facts: resume.Facts  # the description of this run; set when the training begins
     accelerate_state: list[dict[str, Any]]  # that of this trainer; see `set_accelerate_state`
     scores: dict[int, float]  # the metric that chooses the best model, by step; set when the training begins
@@ -89,7 +92,7 @@ class CheckpointTrainer(HubTrainer):
                 "this training does not resume: resume_from_checkpoint of the arguments is only for your script; call "
                 "trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)"
             )
-        self.facts = resume.facts_of(cast("ContrastiveTrainer", self))
+        self.facts = resume.facts_of(self)
         resume.check_ranks_alike(gather_objects(self.facts))
         checkpoint = None
         if resume_from_checkpoint:
@@ -259,7 +262,7 @@ class CheckpointTrainer(HubTrainer):
     ) -> tuple[int, int]:
         if trial is not None:  # the trial has set some of the arguments
             self.check_unchanged()
-            self.facts = resume.facts_of(cast("ContrastiveTrainer", self))
+            self.facts = resume.facts_of(self)
         with hidden_messages(REPLACED_MESSAGES, "transformers.trainer", "transformers.trainer_utils"):
             begun = super()._init_training_state(
                 max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial

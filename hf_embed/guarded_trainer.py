@@ -5,7 +5,7 @@ import logging
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -26,7 +26,7 @@ from hf_embed.distributed import gather_objects
 from hf_embed.dropout import use_fast_dropout, use_plain_dropout
 from hf_embed.encoder import Encoder, default_chunk_tokens
 from hf_embed.errors import InputError, RankError
-from hf_embed.evaluation.tasks import logged_by, main_metric
+from hf_embed.evaluation.tasks import Task, logged_by, main_metric
 from hf_embed.library_internals import (
     accelerate_state,
     clear_accelerator_state,
@@ -46,9 +46,6 @@ from hf_embed.trainer_settings import check_batch, check_reader, check_settings
 from hf_embed.training_record import ends_training
 from hf_embed.watch import Watch
 
-if TYPE_CHECKING:
-    from hf_embed.trainer import ContrastiveTrainer
-
 logger = logging.getLogger(__name__)
 
 # The settings with which Trainer makes an optimizer.
@@ -63,6 +60,7 @@ class GuardedTrainer(CheckpointTrainer):
     args: ContrastiveTrainingArguments
     encoder: Encoder
     watch: Watch
+    eval_dataset: dict[str, Task] | None
     fast_dropout = True  # False: train with the dropout of PyTorch, whose masks are other ones
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -110,14 +108,13 @@ class GuardedTrainer(CheckpointTrainer):
         Raises:
             InputError: if a change would have no effect, or if the settings or the callbacks are wrong now.
         """
-        trainer = cast("ContrastiveTrainer", self)
         changed = [name for name, part in self._parts().items() if part is not self.made_of[name]]
-        if trainer.model_init is None and not self.sharded and trainer.model is not trainer.step:
+        if self.model_init is None and not self.sharded and self.model is not self.step:
             changed.append("model")
         if changed:
             raise InputError(f"{changed[0]} was replaced after the trainer was made; make a new ContrastiveTrainer with it")
-        self._renew_optimizer(trainer.step)
-        check_settings(self.args, own_tasks(trainer))
+        self._renew_optimizer()
+        check_settings(self.args, own_tasks(self))
         check_batch(self.args)
         self.check_skipping()
         self.check_caching()
@@ -136,14 +133,14 @@ class GuardedTrainer(CheckpointTrainer):
         if not self.sharded:
             if not made_schedule(self):
                 check_schedule_of(self.optimizer, self.lr_scheduler)
-            for what in own_parameters_without(cast(Any, self.optimizer), cast("ContrastiveTrainer", self).step):
+            for what in own_parameters_without(cast(Any, self.optimizer), self.step):
                 raise InputError(
                     f"create_optimizer leaves out the {what}, which would not be trained; give the optimizer all parameters of "
                     "self.model"
                 )
         return prepared
 
-    def _renew_optimizer(self, step: nn.Module) -> None:
+    def _renew_optimizer(self) -> None:
         """Let Trainer make a new optimizer if the one of an earlier training was made for other settings or other weights.
 
         The same if a schedule that reads the metric has lowered its learning rates.
@@ -151,7 +148,7 @@ class GuardedTrainer(CheckpointTrainer):
         An optimizer that the user gave stays.
         """
         now = {name: getattr(self.args, name) for name in OF_OPTIMIZER}
-        now["weights"] = [name for name, parameter in step.named_parameters() if parameter.requires_grad]
+        now["weights"] = [name for name, parameter in self.step.named_parameters() if parameter.requires_grad]
         lowered = isinstance(self.lr_scheduler, ReduceLROnPlateau | GreedyLR)  # such a schedule changes the rates themselves
         if self.optimizer_of is not None and (lowered or self.optimizer_of != now):
             self.optimizer = None
@@ -164,7 +161,7 @@ class GuardedTrainer(CheckpointTrainer):
         Raises:
             InputError: if `compute_objective` is not given, and the evaluation sets have other metrics than the loss.
         """
-        tasks = own_tasks(cast("ContrastiveTrainer", self))
+        tasks = own_tasks(self)
         if compute_objective is None and any(logged_by(task) != {"loss"} for task in tasks.values()):
             raise InputError(
                 "hyperparameter_search needs compute_objective, because the default of transformers is the sum of all metrics; "

@@ -203,10 +203,17 @@ def notebook_table(lines: LogLines) -> "NotebookProgressCallback":
             if "loss" in (logs or {}) and not control.should_evaluate:
                 self.row(training_numbers(logs or {}, args, lines.geometry), state)
 
-        def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        def on_evaluate(
+            self,
+            args: TrainingArguments,
+            state: TrainerState,
+            control: TrainerControl,
+            metrics: dict | None = None,
+            **kwargs: Any,
+        ) -> None:
             last = state.log_history[-2] if len(state.log_history) > 1 else {}
             loss = training_numbers(last, args, False) if "loss" in last and last["step"] == state.global_step else {}
-            self.row(loss | chief_metrics(kwargs["metrics"], lines.tasks, lines.prefix), state)
+            self.row(loss | chief_metrics(metrics or {}, lines.tasks, lines.prefix), state)
             if self.training_tracker is not None:
                 self.training_tracker.remove_child()
 

@@ -40,7 +40,7 @@ from hf_embed.trainer_settings import NEED_A_MODEL
 from hf_embed.training_record import settings_of
 
 if TYPE_CHECKING:
-    from hf_embed.trainer import ContrastiveTrainer
+    from hf_embed.checkpoint_trainer import CheckpointTrainer
 
 Facts = dict[str, Any]
 
@@ -66,7 +66,7 @@ SAME_ON_RANKS = ("data", "seed_of_rows", "objective", "encoder", "config", "para
 # ---- the description of a run ----
 
 
-def facts_of(trainer: "ContrastiveTrainer") -> Facts:
+def facts_of(trainer: "CheckpointTrainer") -> Facts:
     """Return the description of a trainer's run, as values that JSON can store.
 
     The rows of a table are described by a hash of their token ids, in order. Tables of more than `ALL_ROWS` rows are hashed by
@@ -232,7 +232,7 @@ def base_model_hash(backbone: PreTrainedModel) -> str | None:
     return digest.hexdigest()
 
 
-def optimizer_class(trainer: "ContrastiveTrainer") -> str:
+def optimizer_class(trainer: "CheckpointTrainer") -> str:
     """Return the name of the class of the user's own optimizer, or else of the one that `optim` names.
 
     For an optimizer that cannot be built without a model, return `optim`.

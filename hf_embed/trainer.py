@@ -106,7 +106,6 @@ class ContrastiveTrainer(GuardedTrainer):
 
     args: ContrastiveTrainingArguments
     model: nn.Module  # the module that Trainer has placed on the device. Under FSDP only this module gathers its weights.
-    eval_dataset: dict[str, Task] | None
     main_objective: Objective  # `objective` is a number of hyperparameter_search in transformers' Trainer
     drops_results = False  # True: `save_model` removes the scores that an earlier model left in the folder
     describes_itself = True  # True: `save_model` writes the training record. Recipes set False and write a longer report.

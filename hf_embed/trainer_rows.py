@@ -33,12 +33,12 @@ from hf_embed.trainer_inputs import EvalSets, as_tasks, stored_rows, with_metric
 from hf_embed.trainer_settings import check_batch, check_training
 
 if TYPE_CHECKING:
-    from hf_embed.trainer import ContrastiveTrainer
+    from hf_embed.guarded_trainer import GuardedTrainer
 
 logger = logging.getLogger(__name__)
 
 
-def own_tasks(trainer: "ContrastiveTrainer") -> dict[str, Task]:
+def own_tasks(trainer: "GuardedTrainer") -> dict[str, Task]:
     """Return the evaluation sets of a trainer. Make them anew if a script has replaced `eval_dataset` or `compute_metrics`."""
     trainer.check_read()
     tasks = tasks_of(trainer, trainer.eval_dataset)
@@ -46,14 +46,14 @@ def own_tasks(trainer: "ContrastiveTrainer") -> dict[str, Task]:
     return tasks
 
 
-def tasks_of(trainer: "ContrastiveTrainer", sets: EvalSets | None) -> dict[str, Task]:
+def tasks_of(trainer: "GuardedTrainer", sets: EvalSets | None) -> dict[str, Task]:
     """Return evaluation sets by name, as the trainer scores them. Sets that are ready stay as they are."""
     tasks = make_held_out(as_tasks(sets), trainer.step, trainer.args, trainer.main_objective)
     has_pairs = any(isinstance(task, STS) for task in tasks.values())
     return with_metrics(tasks, trainer.compute_metrics) if has_pairs else tasks
 
 
-def choose_tasks(trainer: "ContrastiveTrainer", sets: EvalSets | str | None) -> dict[str, Task]:
+def choose_tasks(trainer: "GuardedTrainer", sets: EvalSets | str | None) -> dict[str, Task]:
     """Return the tasks to evaluate.
 
     Args:
