@@ -259,7 +259,7 @@ def check_length(path: Path, found: Path, said: str) -> None:
         raise InputError(f"{said}: a path of {length} bytes is too long; use at most {longest - LONGEST_INSIDE} bytes")
 
 
-def check_file(file: str | Path, name: str) -> None:
+def check_output_file(file: str | Path, name: str) -> None:
     """Check that a file can be written. The check leaves nothing behind. `name` is what messages call the file.
 
     Raises:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from hf_embed.disk import check_file
+from hf_embed.disk import check_output_file
 from hf_embed.distributed import check_same, get_rank, get_world_size
 from hf_embed.errors import InputError, utf8
 from hf_embed.progress import progress_bar
@@ -34,7 +34,7 @@ def work_folder(output: Path) -> Path:
     work = output.with_name(output.name + ".work")
     if output.exists() and not work.is_dir():
         raise already_exists(output)
-    check_file(output, "the output")
+    check_output_file(output, "the output")
     return work
 
 

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, InputError, disk
 from hf_embed.data import cache
 from hf_embed.data.sources import read_file, unformatted
-from hf_embed.disk import DiskError, check_file, check_folder, disk_errors, lack_of_room
+from hf_embed.disk import DiskError, check_folder, check_output_file, disk_errors, lack_of_room
 from hf_embed.output import check_output
 from hf_embed.safe_files import is_sealed, seal_of, write_text, writing
 
@@ -188,7 +188,7 @@ def test_a_limit_of_file_sizes_is_one_line(tmp_path):
 def test_folders_that_can_be_written_leave_no_trace(tmp_path):
     check_folder(tmp_path / "a" / "b")
     check_folder(tmp_path)
-    check_file(tmp_path / "a" / "b.npy", "OUT")
+    check_output_file(tmp_path / "a" / "b.npy", "OUT")
     assert os.listdir(tmp_path) == []
 
 
@@ -208,9 +208,9 @@ def test_folders_that_cannot_be_written(tmp_path):
     }.items():
         message = error_of(check_folder, folder, "--output_dir")
         assert message.startswith("--output_dir ") and said in message and len(message) < 500
-    assert "this is a folder; name a file" in error_of(check_file, tmp_path, "OUT")
-    assert "this is a device; name a file" in error_of(check_file, "/dev/null", "OUT")
-    assert error_of(check_file, tmp_path / ("a" * 250 + ".npy"), "OUT").startswith("OUT ")
+    assert "this is a folder; name a file" in error_of(check_output_file, tmp_path, "OUT")
+    assert "this is a device; name a file" in error_of(check_output_file, "/dev/null", "OUT")
+    assert error_of(check_output_file, tmp_path / ("a" * 250 + ".npy"), "OUT").startswith("OUT ")
     assert sorted(os.listdir(tmp_path)) == ["file", "loop", "lost"]
 
 

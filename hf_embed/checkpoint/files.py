@@ -1,4 +1,4 @@
-"""Readers for the files of a model, its configs and weights, in a local folder or on the Hub."""
+"""The names of the files of a model, and readers for its configs and weights, in a local folder or on the Hub."""
 
 import json
 import re
@@ -17,6 +17,31 @@ Allowed = Any
 # Values that are allowed for every key, because they set nothing.
 EMPTY: list[Any] = [None, False, "", [], {}]
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+# ---- the names of the files in a model's folder ----
+
+# The exact names, because these files are uploaded. A pattern such as vocab* could also upload a user's private files.
+SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+# The files of all tokenizers in transformers (their `vocab_files_names`), and those that every tokenizer has.
+TOKENIZER = {
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "chat_template.json", "vocab.txt", "vocab.json", "vocab-src.json", "vocab-tgt.json", "target_vocab.json",
+    "entity_vocab.json", "merges.txt", "bpe.codes", "byte_maps.json", "dict.txt", "emoji.json", "normalizer.json",
+    "prophetnet.tokenizer", "sentencepiece.bpe.model", "sentencepiece.model", "source.spm", "target.spm", "spiece.model",
+    "spm.model", "spm_char.model", "tokenizer.model", "word_pronunciation.json", "word_shape.json",
+}  # fmt: skip
+FILES = frozenset({
+    "README.md", "config.json", "generation_config.json", "model.safetensors.index.json", "adapter_config.json",
+    "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json", "results.json", "geometry.png",
+    "tempscale.png", "model.safetensors", "adapter_model.safetensors", *TOKENIZER,
+})  # fmt: skip
+MODULE = re.compile(r"\d+_[A-Z]\w*")  # 1_Pooling, 2_Dense
+MODULE_FILES = ("config.json", "model.safetensors")
+ONNX = ("model.onnx", "model.onnx_data", "model_quantized.onnx", "model_quantized.onnx_data")  # in the folder onnx
+# Files that belong to the weights in a folder: scores, pictures, extras and the modules after the transformer.
+RESULTS = re.compile(
+    r"results\.json|(geometry|tempscale)\.png|trainer_state\.json|adapter|mteb|\d_(Layer)?Pooling|\d_Dense|\d_Normalize"
+)
 # Files of an earlier model that loaders would prefer to the new weights, or apply on top of them. The folders onnx and openvino
 # hold the earlier weights as graphs.
 OLD_WEIGHTS = re.compile(

@@ -30,31 +30,13 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
 from hf_embed.checkpoint.card import stored_results, title_of, with_repository
-from hf_embed.checkpoint.files import Files, is_old
+from hf_embed.checkpoint.files import FILES, MODULE, MODULE_FILES, ONNX, SHARD, Files, is_old
 from hf_embed.entry import recipe_command
 from hf_embed.errors import InputError, masked
 from hf_embed.read_files import first_line, read_json, read_text
 
 logger = logging.getLogger(__name__)
 
-# The exact names of the files in a model folder. A pattern such as vocab* could also upload a user's private files.
-SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-# The files of all tokenizers in transformers (their `vocab_files_names`), and those that every tokenizer has.
-TOKENIZER = {
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-    "chat_template.json", "vocab.txt", "vocab.json", "vocab-src.json", "vocab-tgt.json", "target_vocab.json",
-    "entity_vocab.json", "merges.txt", "bpe.codes", "byte_maps.json", "dict.txt", "emoji.json", "normalizer.json",
-    "prophetnet.tokenizer", "sentencepiece.bpe.model", "sentencepiece.model", "source.spm", "target.spm", "spiece.model",
-    "spm.model", "spm_char.model", "tokenizer.model", "word_pronunciation.json", "word_shape.json",
-}  # fmt: skip
-FILES = frozenset({
-    "README.md", "config.json", "generation_config.json", "model.safetensors.index.json", "adapter_config.json",
-    "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json", "results.json", "geometry.png",
-    "tempscale.png", "model.safetensors", "adapter_model.safetensors", *TOKENIZER,
-})  # fmt: skip
-MODULE = re.compile(r"\d+_[A-Z]\w*")  # 1_Pooling, 2_Dense
-MODULE_FILES = ("config.json", "model.safetensors")
-ONNX = ("model.onnx", "model.onnx_data", "model_quantized.onnx", "model_quantized.onnx_data")  # in the folder onnx
 TRIES = 5
 FIRST_WAIT = 1.0  # seconds before the second try; each later wait is twice as long
 Result = TypeVar("Result")

@@ -11,7 +11,6 @@ import copy
 import functools
 import logging
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from transformers import PreTrainedModel
 
 from hf_embed.adapters import copy_of, full_copy, has_adapters, in_4_bits, merge_adapters
 from hf_embed.checkpoint.card import keep_results, served_otherwise, write_card
-from hf_embed.checkpoint.files import OLD_WEIGHTS, is_old
+from hf_embed.checkpoint.files import OLD_WEIGHTS, RESULTS, is_old
 from hf_embed.checkpoint.layout import strip_prefix, write_sentence_transformers_files
 from hf_embed.checkpoint.load import own_config
 from hf_embed.checkpoint.tables import Results
@@ -39,11 +38,6 @@ from hf_embed.tempscale.fold import folded, why_not_foldable
 from hf_embed.text_models import is_remote
 
 logger = logging.getLogger(__name__)
-
-# Files that belong to the weights in a folder: scores, pictures, extras and the modules after the transformer.
-RESULTS = re.compile(
-    r"results\.json|(geometry|tempscale)\.png|trainer_state\.json|adapter|mteb|\d_(Layer)?Pooling|\d_Dense|\d_Normalize"
-)
 
 
 def save_encoder(
