@@ -19,7 +19,7 @@ import torch
 from accelerate import PartialState
 
 from hf_embed import write_vectors
-from hf_embed.disk import check_file
+from hf_embed.disk import check_output_file
 from hf_embed.kit.cli import REQUIRED, parse, run, setting
 from hf_embed.kit.inference import FastEncodingArguments, load_for_encoding, read_column
 from hf_embed.ranges import COUNT, check_ranges
@@ -55,7 +55,7 @@ class Arguments(FastEncodingArguments):
 def main() -> None:
     """Read the texts, load the model, encode."""
     (args,) = parse([Arguments])
-    check_file(args.output, "OUT")
+    check_output_file(args.output, "OUT")
     state = PartialState(cpu=not torch.cuda.is_available())
     column, texts = read_column(args.file, args.column)
     encoder = load_for_encoding(args.model_name_or_path, args, state.device)

@@ -21,7 +21,7 @@ from accelerate import PartialState
 from hf_embed.data.columns import named_columns
 from hf_embed.data.labeled import read_pairs as positive_pairs
 from hf_embed.data.sources import leave_out, read_file, read_texts
-from hf_embed.disk import check_file
+from hf_embed.disk import check_output_file
 from hf_embed.errors import InputError
 from hf_embed.evaluation.retrieval import judged_pairs, read_retrieval
 from hf_embed.fingerprint import fingerprint
@@ -65,7 +65,7 @@ def read_pairs(args: Arguments) -> tuple[list[tuple[str, str]], list[str]]:
 def main() -> None:
     """Read the pairs, load the model, mine negatives, and print how many were found and left out."""
     args, mining = parse([Arguments, MiningArguments])
-    check_file(args.output_file, "--output_file")
+    check_output_file(args.output_file, "--output_file")
     state = PartialState(cpu=not torch.cuda.is_available())
     pairs, corpus = read_pairs(args)
     encoder = load_for_encoding(args.model_name_or_path, args, state.device)
