@@ -167,14 +167,19 @@ def read_training_rows(
         tokens, views = tokenize_all(rows, step.encoder, args, objective, name, paired)
     if isinstance(tokens, Dataset) and len(tokens) < args.world_size:
         raise InputError(f"{name}: {len(tokens)} rows for {args.world_size} processes; give at least one row for each process")
-    tables, labels = (tokens.tables, tokens.labels) if isinstance(tokens, Mixture) else ([tokens], [name])
-    objectives = [own or objective for own in tokens.objectives] if isinstance(tokens, Mixture) else [objective]
+    tables: list[Dataset | Stream]
+    if isinstance(tokens, Mixture):
+        tables, labels, objectives = tokens.tables, tokens.labels, [own or objective for own in tokens.objectives]
+    else:
+        tables, labels, objectives = [tokens], [name], [objective]
     check_objectives(objective, objectives, list(zip(tables, views, labels)), step.encoder.full_dimension)
     check_training(args, step.encoder, len(batch_sampler(tokens, args, args.train_batch_size)), name)
     tables, vectors = with_teacher(tables, objectives, args, step.encoder.full_dimension)
     if isinstance(tokens, Mixture):
         tokens.tables = tables
-    return TrainingRows(tokens if isinstance(tokens, Mixture) else tables[0], views, objectives, vectors)
+    else:
+        tokens = cast(Dataset, tables[0])
+    return TrainingRows(tokens, views, objectives, vectors)
 
 
 def check_objectives(

@@ -15,48 +15,39 @@ from hf_embed.kit.code_search import read_code_search
 from hf_embed.ranges import setting
 
 
+def sets(help: str) -> list[str]:
+    """Return a field for evaluation sets, whose flag may be repeated. `help` is what `--help` says of it."""
+    return setting([], help, action="extend")
+
+
 @dataclass
 class EvalArguments:
     """Flags of the evaluation sets."""
 
-    eval_sts_file: list[str] = setting(
-        [],
-        "NAME=PATH of an STS set, or NAME=OWNER/DATASET:SPLIT (or :CONFIG:SPLIT) on the Hub. May be repeated.",
-        action="extend",
+    eval_sts_file: list[str] = sets(
+        "NAME=PATH of an STS set, or NAME=OWNER/DATASET:SPLIT (or :CONFIG:SPLIT) on the Hub. May be repeated."
     )
-    eval_retrieval_dir: list[str] = setting(
-        [],
+    eval_retrieval_dir: list[str] = sets(
         "NAME=DIR of a BEIR folder, NAME=DIR:SPLIT for its qrels/SPLIT.tsv, or NAME=OWNER/DATASET:SPLIT on the Hub. May be "
-        "repeated.",
-        action="extend",
+        "repeated."
     )
-    eval_zero_shot: list[str] = setting(
-        [], "NAME=PATH of a file with the columns label and text, for zero-shot classification.", action="extend"
-    )
+    eval_zero_shot: list[str] = sets("NAME=PATH of a file with the columns label and text, for zero-shot classification.")
     zero_shot_template: str = setting("this is an example of {label}", "Template that makes a text from a label.")
-    zero_shot_labels: list[str] = setting(
-        [], "NAME=PATH of a JSON file {label: text}, with texts to use instead of the labels.", action="extend"
-    )
-    eval_code_search: list[str] = setting(
-        [],
+    zero_shot_labels: list[str] = sets("NAME=PATH of a JSON file {label: text}, with texts to use instead of the labels.")
+    eval_code_search: list[str] = sets(
         "NAME=PATH of a jsonl file with docstring and code, or of a Python package. A docstring is the query for the "
-        "function that it describes.",
-        action="extend",
+        "function that it describes."
     )
-    eval_triplet_file: list[str] = setting(
-        [],
+    eval_triplet_file: list[str] = sets(
         "NAME=PATH of a file with anchor, positive and negative, or NAME=OWNER/DATASET:SPLIT (or :CONFIG:SPLIT) on the Hub. "
-        "May be repeated.",
-        action="extend",
+        "May be repeated."
     )
-    eval_pair_file: list[str] = setting(
-        [],
+    eval_pair_file: list[str] = sets(
         "NAME=PATH or NAME=OWNER/DATASET:SPLIT, with sentence1, sentence2, and label: 1 for pairs that belong together, 0 "
-        "for others.",
-        action="extend",
+        "for others."
     )
-    eval_reranking_file: list[str] = setting(
-        [], "NAME=PATH or NAME=OWNER/DATASET:SPLIT, with query, positive, negative: texts, or lists of texts.", action="extend"
+    eval_reranking_file: list[str] = sets(
+        "NAME=PATH or NAME=OWNER/DATASET:SPLIT, with query, positive, negative: texts, or lists of texts."
     )
 
 
