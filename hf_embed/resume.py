@@ -30,7 +30,6 @@ from hf_embed.adapters import configs_of, has_adapters
 from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.data.mixture import Mixture, Stream, data_seed
 from hf_embed.data.sampling import GlobalBatchSampler, SourceBatchSampler
-from hf_embed.data.training_rows import batch_sampler
 from hf_embed.dropout import dropout_rates
 from hf_embed.errors import InputError
 from hf_embed.objectives import Objective
@@ -187,7 +186,9 @@ def rows_of_epoch(rows: Dataset | Mixture, args: ContrastiveTrainingArguments) -
     """Return how many rows of a table an epoch uses with this number of ranks. None for several sources, which use all rows."""
     if isinstance(rows, Mixture):
         return None
-    return len(rows) - batch_sampler(rows, args, args.per_device_train_batch_size).left_out
+    batch = args.per_device_train_batch_size
+    sampler = GlobalBatchSampler(len(rows), batch, 0, args.world_size, 0, args.dataloader_drop_last)
+    return len(rows) - sampler.left_out
 
 
 def objective_facts(objective: Objective) -> Facts:
