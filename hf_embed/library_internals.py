@@ -269,6 +269,19 @@ def indices_of(rows: datasets.Dataset) -> "datasets.table.Table | None":
     return rows._indices
 
 
+def was_cut(rows: datasets.IterableDataset) -> bool:
+    """Return whether `take` or `skip` was called on a stream, or on a stream that is a part of it."""
+    parts = [rows._ex_iterable]
+    for part in parts:  # grows in the loop
+        parts += [*vars(part).get("ex_iterables", ()), *filter(None, [vars(part).get("ex_iterable")])]
+    return any("split_when_sharding" in vars(part) for part in parts)
+
+
+def was_split(rows: datasets.IterableDataset) -> bool:
+    """Return whether `datasets.distributed.split_dataset_by_node` was called on a stream."""
+    return rows._distributed is not None
+
+
 def parser_actions(parser: argparse.ArgumentParser) -> list[argparse.Action]:
     """Return all flags of a parser."""
     return parser._actions

@@ -14,6 +14,7 @@ from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -42,6 +43,19 @@ SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or the name of its type if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def kind_of(path: str) -> str:
+    """Return the ending of a path or URL, without .gz: "jsonl" for `b.jsonl.gz` and `https://host/b.jsonl?x=y`."""
+    suffixes = [suffix.lower() for suffix in Path(urlsplit(path).path if "://" in path else path).suffixes]
+    if suffixes[-1:] == [".gz"]:
+        suffixes.pop()
+    return suffixes[-1][1:] if suffixes else ""
+
+
+def is_packed(path: str) -> bool:
+    """Return whether the name of a path or URL ends in .gz."""
+    return (urlsplit(path).path if "://" in path else path).lower().endswith(".gz")
 
 
 def other_kind(start: bytes) -> str | None:

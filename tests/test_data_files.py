@@ -147,6 +147,19 @@ def test_rows_inside_a_quote_are_reported_and_no_quoting_restores_them(tmp_path,
     assert parsed.quoting is False and cli.parse([DataArguments], argv=[])[0].quoting is True
 
 
+def test_quoted_cells_of_a_tsv_file_are_warned_of(tmp_path, caplog):
+    """BUG: pandas quotes cells of a tsv file too, and the added quotes were trained on without a word."""
+    table = pandas.DataFrame({"anchor": ['He said "hi".', "a", '"b"', "d"], "positive": ["x", 'y ""', "z", "w"]})
+    path = str(tmp_path / "a.tsv")
+    table.to_csv(path, sep="\t", index=False)
+    assert read_file(path)["anchor"][:] == ['"He said ""hi""."', "a", '"""b"""', "d"]
+    assert f"{path}: 3 of 4 rows have a cell that is quoted as in a csv file; the quotes in a" in caplog.text
+    caplog.clear()
+    for plain in ('"a" and "b"', '""', '"a"', '""a"" b', '"a "" b" c"', '"'):  # texts with quotes of their own
+        assert read_file(written(tmp_path / "b.tsv", f"anchor\tpositive\n{plain}\tx\n"))["anchor"][:] == [plain]
+    assert not caplog.messages
+
+
 def test_quotes_are_as_pandas_reads_them(tmp_path, caplog):
     rows = [["a", 'he said "hi"'], ["b, c", "two\nlines"], ["", 'x"'], ['5" disk', "'single'"], ["é", "\u2028"]]
     with open(tmp_path / "a.csv", "w", encoding="utf-8", newline="") as file:

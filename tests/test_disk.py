@@ -298,6 +298,7 @@ DAMAGES = {
         path.read_bytes()[:-200] + bytes([path.read_bytes()[-200] ^ 1]) + path.read_bytes()[-199:]
     ),
     "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "no schema": lambda path: path.write_bytes(path.read_bytes()[:8] + b"\xff" * 8 + path.read_bytes()[16:]),
     "without a seal": lambda path: seal_of(path).unlink(),
     "with half a seal": lambda path: os.truncate(seal_of(path), 5),
 }
@@ -379,7 +380,7 @@ def test_the_rows_of_a_damaged_text_file_s_cache_are_read_anew(tmp_path, monkeyp
         assert path.read_bytes() == whole
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "flipped", "zeros"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "flipped", "zeros", "no schema"])
 def test_the_rows_of_a_damaged_parquet_file_s_cache_are_made_anew(tmp_path, monkeypatch, damage):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
     expected = [f"text {i}" for i in range(3000)]

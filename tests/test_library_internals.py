@@ -20,7 +20,8 @@ import transformers.trainer
 import transformers.utils.hub
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 from conftest import tiny_encoder, tiny_model
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets, interleave_datasets
+from datasets.distributed import split_dataset_by_node
 from peft import LoraConfig
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import MODEL_MAPPING, AutoModel, BertConfig, BertModel, Trainer, TrainingArguments
@@ -338,6 +339,19 @@ def test_indices_of():
     rows = Dataset.from_dict({"text": ["a", "b", "c"]})
     assert internals.indices_of(rows) is None and rows.select([2, 0]).data.num_rows == 3
     assert internals.indices_of(rows.select([2, 0])).column(0).to_pylist() == [2, 0]
+
+
+def test_was_cut():
+    rows = Dataset.from_dict({"text": ["a", "b", "c"]}).to_iterable_dataset()
+    whole = [rows, rows.map(len), rows.shuffle(seed=0), interleave_datasets([rows, rows]), concatenate_datasets([rows, rows])]
+    cut = [rows.take(1), rows.skip(1).map(len).shuffle(seed=0), interleave_datasets([rows, rows.skip(1)])]
+    cut.append(concatenate_datasets([rows, rows.take(1)]).filter(len))
+    assert [internals.was_cut(stream) for stream in whole + cut] == [False] * 5 + [True] * 4
+
+
+def test_was_split():
+    rows = Dataset.from_dict({"text": ["a", "b", "c"]}).to_iterable_dataset()
+    assert not internals.was_split(rows) and internals.was_split(split_dataset_by_node(rows, 0, 2).take(1).shuffle(seed=0))
 
 
 def test_metric_methods():

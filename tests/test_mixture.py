@@ -9,7 +9,17 @@ import pytest
 import torch
 import yaml
 from conftest import error_of, small_tokenizer, tiny_encoder, tiny_model
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, SplitDict, SplitInfo, load_dataset
+from datasets import (
+    Dataset,
+    DatasetDict,
+    IterableDataset,
+    IterableDatasetDict,
+    SplitDict,
+    SplitInfo,
+    interleave_datasets,
+    load_dataset,
+)
+from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader
 
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, ImprovedContrastive, InputError, SimCSE, Source
@@ -266,6 +276,30 @@ def test_ranks_stream_disjoint_shares_that_cover_all(tmp_path, files, ranks):
     assert len(set(together)) == len(together) == count // ranks * ranks
     queries = [row["query"] for i in range(files) for row in pairs(f"f{i}", 7)]
     assert set(together) <= {text_id(tokens) for tokens in small_tokenizer()(queries)["input_ids"]}
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_ranks_read_what_take_and_skip_leave(mixed, tokenizer):
+    """BUG: each rank skipped a part of the rows in its own files, so it trained on rows that `take` had held out."""
+    rows = Dataset.from_list(pairs("s", 12)).to_iterable_dataset(num_shards=2)
+    train = interleave_datasets([rows.skip(4)]) if mixed else rows.skip(4)
+    found = []
+    for rank in range(2):
+        share = Stream(Source("s", train, size=8), RowTokenizer(tokenizer, 16), rank, 2, 0, 5, False)
+        found += ids_of(share.__getitems__([0, 1, 2, 3]))
+    queries = [row["query"] for row in pairs("s", 12)[4:]]
+    assert sorted(found) == sorted(text_id(tokens) for tokens in tokenizer(queries)["input_ids"])
+
+
+def test_a_stream_that_is_split_twice_is_refused(tokenizer):
+    """BUG: of a stream that the script had split among two processes, half of the rows were not read."""
+    rows = Dataset.from_list(pairs("s", 12)).to_iterable_dataset(num_shards=4)
+    source = Source("s", split_dataset_by_node(rows, 0, 2), size=6)
+    settings = (RowTokenizer(tokenizer, 16), 0)
+    assert error_of(Stream, source, *settings, 2, 0, 5, False) == (
+        "source 's': the stream is split among processes twice; give each process the whole stream"
+    )
+    assert len(set(ids_of(Stream(source, *settings, 1, 0, 5, False).__getitems__(list(range(6)))))) == 6  # one process may
 
 
 def test_passes_are_reshuffled(tmp_path):

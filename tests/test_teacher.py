@@ -150,6 +150,19 @@ def test_a_text_and_its_score_are_both_there_or_absent(tokenizer, text, score, t
     assert tokens["scores"][:2] == [[0.9, 0.3, 0.2], [0.9, 0.2]]
 
 
+@pytest.mark.parametrize("scores", [[], [0.3], None])
+def test_a_mined_row_without_negatives_has_the_score_of_its_positive(tokenizer, scores):
+    """BUG: `distill` refused a file of `mine-hard-negatives --write_scores` in which a row has no negatives."""
+    row = {"query": "a", "positive": "b", "negatives": ["c"], "pos_scores": [0.9], "neg_scores": [0.2]}
+    rows = Dataset.from_list([row, row | {"negatives": [], "neg_scores": scores}])
+    if scores:
+        message = error_of(tokenize_table, rows, RowTokenizer(tokenizer, 16, scored=True), "rows")
+        assert message.startswith("rows, row 2: there is a value in column 'neg_scores', but none in column 'negatives'")
+    else:
+        tokens = tokenize_table(rows, RowTokenizer(tokenizer, 16, scored=True), "rows")
+        assert tokens["scores"][:] == [[0.9, 0.2], [0.9]] and list(map(len, tokens["input_ids"])) == [3, 2]
+
+
 def test_scores_stay_with_their_rows_when_rows_are_dropped(tokenizer):
     rows = [{"sentence1": f"the {word}", "sentence2": " " if i == 1 else "a b", "score": i} for i, word in enumerate(WORDS)]
     read = RowTokenizer(tokenizer, 16, scored=True)

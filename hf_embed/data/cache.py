@@ -35,7 +35,6 @@ from hf_embed.version import __version__
 
 logger = logging.getLogger(__name__)
 
-TRUNCATED = "Expected to be able to read"  # part of the error message about a truncated table
 FEW_ROWS = 100_000  # the results for fewer rows in memory stay in memory too; each process computes them again
 HASHED = 10_000  # rows that are hashed at a time
 OLD = 24 * 3600  # seconds without a write, after which a temporary file counts as abandoned
@@ -118,8 +117,8 @@ def checked_load(path: str, split: str, streaming: bool, **settings: Any) -> Any
             rows = load()
             whole = all(found(file) for file in files_of(rows) if seal_of(file).is_file())
         except (pyarrow.ArrowException, OSError) as error:
-            if isinstance(error, OSError) and TRUNCATED not in str(error):
-                raise
+            if isinstance(error, OSError) and (type(error) is not OSError or error.errno):
+                raise  # Arrow's own errors have the plain type and no number
             whole = False
         if not whole:
             rows = load(download_mode="reuse_cache_if_exists")

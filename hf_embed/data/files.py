@@ -24,7 +24,6 @@ from io import BufferedReader
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import datasets
 import fsspec
@@ -34,7 +33,7 @@ from datasets.arrow_writer import ArrowWriter
 
 from hf_embed.data.cache import cached_table, check_cache
 from hf_embed.errors import InputError, masked
-from hf_embed.read_files import LFS_POINTER, NOT_FETCHED, first_line, other_kind, parse_json
+from hf_embed.read_files import LFS_POINTER, NOT_FETCHED, first_line, is_packed, kind_of, other_kind, parse_json
 from hf_embed.safe_files import hash_of
 
 logger = logging.getLogger(__name__)
@@ -44,6 +43,8 @@ SEPARATOR_NAMES = {",": "a comma", "\t": "a tab", ";": "';'", "|": "'|'"}
 NEGATIVE = re.compile(r"(hard[\s_-]*)?neg(ative)?s?[\s_-]*\d*", re.IGNORECASE)
 ANY_NEGATIVES = ["negatives"]
 BATCH_ROWS, BATCH_CHARACTERS = 2000, 10_000_000
+# A cell that is enclosed in quotes, with quotes inside that are written twice: "He said ""hi"".".
+QUOTED = re.compile(r'"(?=.*"")(?:[^"]|"")+"')
 # The number of first rows of a stream that determine its columns.
 PROBED_ROWS = 1000
 NO_QUOTING = " if quotes belong to the texts, set --no_quoting (quoting: false in a sources file), or save the file as tsv"
@@ -60,19 +61,6 @@ class Table:
 
     header: bool = True
     quoting: bool = True
-
-
-def kind_of(path: str) -> str:
-    """Return the ending of a path or URL, without .gz: "jsonl" for `b.jsonl.gz` and `https://host/b.jsonl?x=y`."""
-    suffixes = [suffix.lower() for suffix in Path(urlsplit(path).path if "://" in path else path).suffixes]
-    if suffixes[-1:] == [".gz"]:
-        suffixes.pop()
-    return suffixes[-1][1:] if suffixes else ""
-
-
-def is_packed(path: str) -> bool:
-    """Return whether the name of a path or URL ends in .gz."""
-    return (urlsplit(path).path if "://" in path else path).lower().endswith(".gz")
 
 
 def unreadable(path: str, reason: str) -> InputError:
@@ -244,13 +232,14 @@ def body_rows(path: str, table: Table) -> Iterator[tuple[int, int, list[str]]]:
 
 
 def survey_tables(paths: list[str], table: Table) -> Features:
-    """Return the columns of csv or tsv files, all as texts. Warn about quoted cells with line breaks."""
+    """Return the columns of csv or tsv files, all as texts. Warn about quoted cells with line breaks, or in a tsv file."""
     names, rows = common_columns(paths, table), 0
     for path in paths:
-        broken = inside = count = last = 0  # `broken` rows have line breaks, which begin `inside` lines
+        broken = inside = count = last = quoted = 0  # `broken` rows have line breaks, which begin `inside` lines
         place = ""
-        for first, last, _ in body_rows(path, table):
+        for first, last, cells in body_rows(path, table):
             count += 1
+            quoted += kind_of(path) == "tsv" and any(map(QUOTED.fullmatch, cells))
             if last > first:
                 place = place or f"{first} to {last}"
                 broken, inside = broken + 1, inside + last - first
@@ -259,6 +248,11 @@ def survey_tables(paths: list[str], table: Table) -> Features:
             logger.warning(
                 f"{masked(path)}: {broken:,} of {count:,} rows have line breaks in a quoted cell, the first in lines {place}; "
                 f"{inside:,} of the file's {last:,} lines continue such a cell;{NO_QUOTING}"
+            )
+        if quoted:
+            logger.warning(
+                f"{masked(path)}: {quoted:,} of {count:,} rows have a cell that is quoted as in a csv file; the quotes in a "
+                "tsv file are part of its texts; if they are not, save the file as csv"
             )
     return Features({name: Value("string") for name in names}) if rows else Features()
 

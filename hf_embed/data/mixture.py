@@ -36,6 +36,7 @@ from hf_embed.data.tokenization import (
     warn_of_truncation,
 )
 from hf_embed.errors import InputError, RankError, errors_of
+from hf_embed.library_internals import was_cut, was_split
 from hf_embed.objectives.base import Objective, as_objective
 from hf_embed.progress import hidden_bars, progress_bar, table_bars
 from hf_embed.ranges import COUNT, POSITIVE, Range, out_of_range
@@ -155,6 +156,8 @@ class Stream:
                 f"{source.label}: a streaming dataset with negatives needs negatives: (the number to use per row), or "
                 "Source(name, rows, negatives=...) in a script"
             )
+        if ranks > 1 and was_split(source.rows):
+            raise InputError(f"{source.label}: the stream is split among processes twice; give each process the whole stream")
         first = list(islice(source.rows, FIRST_ROWS))
         refuse_lists(first, self.columns, source.label)
         if len(self.columns) > 1:
@@ -184,9 +187,12 @@ class Stream:
     def one_pass(self, turn: int) -> IterableDataset:
         """Return this rank's rows of one pass, shuffled, as a separate dataset.
 
-        With a shared dataset, `set_epoch` would also change the passes of other worker processes.
+        With a shared dataset, `set_epoch` would also change the passes of other worker processes. After `take` or `skip`, the
+        ranks share the rows and not the files, because `datasets` would take or skip a part of the rows in each rank's files.
         """
         shuffled = self.rows.shuffle(seed=generator(self.seed, turn).initial_seed(), buffer_size=self.buffer_size)
+        if self.ranks > 1 and was_cut(self.rows):
+            return shuffled.filter(lambda row, number: number % self.ranks == self.rank, with_indices=True)
         return split_dataset_by_node(shuffled, self.rank, self.ranks)
 
     def passes(self) -> Iterator[tuple[list[str], list[str]]]:

@@ -96,6 +96,7 @@ def check_gaps(cells: dict[str, Any], texts: list[str], scores: list[str], where
         InputError: if only one of the two is there.
     """
     for text, score in zip(texts, scores) if len(texts) == len(scores) > 1 else ():
-        if (cells[score] is None) != (not cells[text]):
-            absent, there = (score, text) if cells[score] is None else (text, score)
+        no_score = cells[score] in (None, [])  # mined rows without negatives have an empty list
+        if no_score != (not cells[text]):
+            absent, there = (score, text) if no_score else (text, score)
             raise InputError(f"{where}: there is a value in column '{there}', but none in column '{absent}'; give both or none")

@@ -39,7 +39,7 @@ from hf_embed.data.columns import column_names, text_columns
 from hf_embed.disk import DiskError
 from hf_embed.errors import EmptyTextError, InputError
 from hf_embed.hub_access import check_dataset
-from hf_embed.read_files import check_file, first_line
+from hf_embed.read_files import check_file, first_line, is_packed, kind_of
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ def read_parquet(paths: list[str], streaming: bool) -> Dataset | IterableDataset
     """Read parquet files. Raise InputError if one cannot be read."""
     path = paths[0]
     try:
-        if any(map(files.is_packed, paths)):  # `datasets` does not decompress these files
+        if any(map(is_packed, paths)):  # `datasets` does not decompress these files
             if len(paths) > 1 or streaming:
                 raise InputError(
                     f"{path}: a gzipped parquet file cannot be streamed or combined with other files; decompress it"
@@ -159,7 +159,7 @@ def check_files(paths: list[str]) -> str:
                 raise InputError(f"{error} (folders and patterns are not supported)") from error
             if Path(path).stat().st_size == 0:
                 raise InputError(f"{path}: the file is empty")
-        kind = files.kind_of(path)
+        kind = kind_of(path)
         if kind not in KINDS:
             accepted = ", ".join(f".{kind}" for kind in KINDS)
             raise InputError(f"{path}: '{kind and '.' + kind}' files are not supported; use {accepted}, also with .gz")

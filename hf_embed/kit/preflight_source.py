@@ -19,7 +19,7 @@ import pyarrow
 from datasets import Dataset
 
 from hf_embed.data.columns import column_names, judging_values
-from hf_embed.data.files import as_column, features_of, kind_of, opened
+from hf_embed.data.files import as_column, features_of, opened
 from hf_embed.data.labeled import NEGATIVE, POSITIVE, Layout, hashable, labeled_layout, meanings_of
 from hf_embed.data.mixture import Source, Stream, source_rows, source_tokenizer, what_to_read
 from hf_embed.data.tokenization import RowTokenizer, columns_to_read, text_id, too_few_rows
@@ -30,6 +30,7 @@ from hf_embed.kit.row_hashes import Ids, RowIds, Texts, batches, exact_ids, hash
 from hf_embed.kit.similar import similar_pairs
 from hf_embed.objectives import Objective, SimCSE
 from hf_embed.progress import progress_bar
+from hf_embed.read_files import kind_of
 
 SAMPLE, CHARACTERS = 20_000, 20_000_000  # a sample has so many rows or, if texts are long, about so many characters
 VARIANTS = 20_000  # tokenize at most so many texts to see which ones are equal to the model
