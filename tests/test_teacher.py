@@ -150,6 +150,18 @@ def test_a_text_and_its_score_are_both_there_or_absent(tokenizer, text, score, t
     assert tokens["scores"][:2] == [[0.9, 0.3, 0.2], [0.9, 0.2]]
 
 
+def test_a_row_without_negatives_has_an_empty_list_of_their_scores(tokenizer):
+    """BUG: such a row, which mining with `write_scores` writes, was refused."""
+    rows = [{"query": f"the {word}", "positive": word, "negatives": ["a", "b"], "pos_scores": [0.9], "neg_scores": [0.3, 0.2]}
+            for word in WORDS]  # fmt: skip
+    rows[1] |= {"negatives": [], "neg_scores": []}
+    tokens = tokenize_table(Dataset.from_list(rows), RowTokenizer(tokenizer, 16, scored=True), "rows")
+    assert tokens["scores"][:3] == [[0.9, 0.3, 0.2], [0.9], [0.9, 0.3, 0.2]]
+    rows[1] |= {"negatives": ["a"]}
+    message = error_of(tokenize_table, Dataset.from_list(rows), RowTokenizer(tokenizer, 16, scored=True), "rows")
+    assert "row 2: there is a value in column 'negatives', but none in column 'neg_scores'" in message
+
+
 def test_scores_stay_with_their_rows_when_rows_are_dropped(tokenizer):
     rows = [{"sentence1": f"the {word}", "sentence2": " " if i == 1 else "a b", "score": i} for i, word in enumerate(WORDS)]
     read = RowTokenizer(tokenizer, 16, scored=True)

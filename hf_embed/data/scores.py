@@ -96,6 +96,7 @@ def check_gaps(cells: dict[str, Any], texts: list[str], scores: list[str], where
         InputError: if only one of the two is there.
     """
     for text, score in zip(texts, scores) if len(texts) == len(scores) > 1 else ():
-        if (cells[score] is None) != (not cells[text]):
-            absent, there = (score, text) if cells[score] is None else (text, score)
+        unscored = cells[score] is None or cells[score] == []  # a list without negatives has a list without scores
+        if unscored != (not cells[text]):
+            absent, there = (score, text) if unscored else (text, score)
             raise InputError(f"{where}: there is a value in column '{there}', but none in column '{absent}'; give both or none")
