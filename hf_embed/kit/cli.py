@@ -465,12 +465,13 @@ def run(main: Callable[[], object]) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(MaskedFormatter("%(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    for library in ("datasets", "huggingface_hub"):  # their own handlers would print each message a second time, with secrets
+        logging.getLogger(library).handlers.clear()
     sys.excepthook = show_masked
     main_process = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if main_process and "hub_token" in given_flags(sys.argv):
         logger.warning(
-            "--hub_token is visible in the process list and in the launcher's error messages; set the environment variable "
-            "HF_TOKEN instead"
+            "--hub_token is visible in the process list and in the launcher's error messages; set the variable HF_TOKEN instead"
         )
     warn_on_main_only()
     use_all_cores()
@@ -495,5 +496,5 @@ def run(main: Callable[[], object]) -> None:
         message = str(error).splitlines()[-1].removeprefix(f"{RankError.__module__}.{RankError.__name__}: ")
         with contextlib.suppress(OSError):  # stderr may be a file on the full disk
             print(f"error: {message}", file=sys.stderr, flush=True)
-        # The process group is not ended here: under accelerate, other ranks end here too, and no rank should wait for another.
+        # The process group is not ended here: other ranks end here too, and no rank should wait for another.
         raise SystemExit(2) from None
