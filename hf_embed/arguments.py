@@ -38,7 +38,8 @@ class ContrastiveTrainingArguments(TrainingArguments):
     """
 
     pooling: str | None = field(
-        default=None, metadata={"help": f"Pooling: one of {', '.join(POOLINGS)}. Default: the model's own, else mean."}
+        default=None,
+        metadata={"help": f"One of {', '.join(POOLINGS)}. Default: the model's own, else mean (of a causal model last)."},
     )
     max_length: int | None = field(
         default=None,

@@ -25,7 +25,10 @@ class EncodingArguments:
     """Flags for how a model encodes. The dataclass of a recipe derives from this class."""
 
     pooling: str | None = field(
-        default=None, metadata={"help": "Pooling of the token states. Default: the setting of the model's folder, else mean."}
+        default=None,
+        metadata={
+            "help": "Pooling of the token states. Default: that of the model's folder, else mean (of a causal model last)."
+        },
     )
     max_length: int | None = field(
         default=None, metadata={"help": "Maximum length of a text, in tokens. Default: the setting of the model's folder."}
