@@ -439,8 +439,7 @@ def speaking_in_turn(main_process: bool) -> Iterator[None]:
     """Give the main process time to report an error that all processes have found.
 
     A launcher ends all processes when the first one ends. Therefore the other processes wait before they report an error. If
-    the main process has found the same error, it reports the error during this time. Otherwise the error belongs to one
-    process alone, and this process reports it after the wait.
+    the main process has found the same error, it reports it during this time. If not, they report their own after the wait.
     """
     try:
         yield
