@@ -38,7 +38,9 @@ class ContrastiveTrainingArguments(TrainingArguments):
         InputError: if a number is out of range, a name is unknown, or a package is not installed.
     """
 
-    pooling: str | None = setting(None, f"Pooling: one of {', '.join(POOLINGS)}. Default: the model's own, else mean.")
+    pooling: str | None = setting(
+        None, f"One of {', '.join(POOLINGS)}. Default: the model's own, else mean (of a causal model last)."
+    )
     max_length: int | None = setting(
         None, "Maximum tokens per text; longer texts are truncated. Default: the model's own, at most 512."
     )

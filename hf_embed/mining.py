@@ -297,7 +297,7 @@ def describe(counts: Counter[str]) -> list[str]:
     """Return the counts of `write_hard_negatives` as readable lines."""
     rules = ("range_min", "relative_margin", "absolute_margin", "max_score", "min_score")
     return [
-        f"{counts['rows']:,} rows with {counts['negatives']:,} negatives; {counts['fewer']:,} rows have fewer than requested",
+        f"{counts['rows']:,} rows with {counts['negatives']:,} negatives; rows with fewer than requested: {counts['fewer']:,}",
         *(f"left out by {rule}: {counts[rule]:,} candidates" for rule in rules if counts[rule]),
     ]
 

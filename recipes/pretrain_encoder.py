@@ -5,8 +5,9 @@
 
 The first command trains the model to fill in masked tokens. The second one trains it to predict the hidden states of a teacher;
 the encoder that comes with hf_embed was made in this way. OUTPUT_DIR has the encoder, which AutoModel loads, its tokenizer, and
-training.json, a record of the training. If a run is interrupted, the same command resumes it. With `accelerate launch`, the
-processes share each batch; the result is the same, up to rounding.
+training.json, a record of the training. An earlier encoder in OUTPUT_DIR is replaced at the end of the run. If a run is
+interrupted, the same command resumes it. With `accelerate launch`, the processes share each batch; the result is the same, up
+to rounding.
 """
 
 import hf_embed  # noqa: F401 (imported first: it prints that loading takes a while)

@@ -4,9 +4,9 @@
     python recipes/search.py outputs/mine texts.jsonl --embeddings vectors.npy --top_k 10     # from recipes/encode.py
     python recipes/search.py outputs/mine texts.jsonl --query "how long do cats sleep" --query "warm places"
 
-For each text, the recipe prints its score by the model's own similarity function, its row in the file, and the text. An empty
-line or the end of the input ends the program. FILE may have any format that recipes/encode.py reads. Queries get the model's
-prompt "query", texts its prompt "document".
+For each text, the recipe prints its score by the model's own similarity function, its row in the file (from 1), and the text.
+An empty line or the end of the input ends the program. FILE may have any format that recipes/encode.py reads. Queries get the
+model's prompt "query", texts its prompt "document".
 """
 
 import shutil

@@ -1,5 +1,7 @@
 """Tests of flags and YAML files: which of the two wins, how values are read, and what is refused in one line."""
 
+import io
+import logging
 import os
 import re
 from dataclasses import dataclass, field
@@ -216,6 +218,17 @@ def test_run_ends_in_one_line_and_code_2(capsys):
     with pytest.raises(SystemExit) as end:
         cli.run(main)
     assert end.value.code == 2 and capsys.readouterr().err == "error: no such file\n"
+
+
+def test_messages_of_libraries_are_printed_once(caplog, monkeypatch):
+    """BUG: datasets and huggingface_hub print their messages themselves, and the root logger printed them again."""
+    own = logging.StreamHandler(io.StringIO())
+    libraries = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
+    for library in libraries:
+        monkeypatch.setattr(library, "handlers", [own])
+    cli.run(lambda: [library.warning("retrying") for library in libraries])
+    assert own.stream.getvalue() == ""
+    assert caplog.messages == ["retrying"] * 2
 
 
 def test_run_hides_no_other_error():

@@ -164,6 +164,8 @@ def test_two_processes_train_evaluate_and_save(tmp_path, files):
 def test_lora_and_mlp_head_export(tmp_path, files, recwarn):
     out = tmp_path / "out"
     sup(*flags(files, "--output_dir", out, "--max_steps", 2, "--lora_r", 4, "--pooling", "cls_mlp", "--save_adapter"))
+    # BUG: PEFT reads a name that transformers has renamed, and a warning of that appeared in every run with LoRA.
+    assert not [str(warning.message) for warning in recwarn if warning.category is FutureWarning]
     merged = Encoder.from_pretrained(out)
     assert merged.pooling == "cls_mlp" and not list(out.glob("adapter_*"))
     base = Encoder.from_pretrained(files["model"])

@@ -437,8 +437,7 @@ def speaking_in_turn(main_process: bool) -> Iterator[None]:
     """Give the main process time to report an error that all processes have found.
 
     A launcher ends all processes when the first one ends. Therefore the other processes wait before they report an error. If
-    the main process has found the same error, it reports the error during this time. Otherwise the error belongs to one
-    process alone, and this process reports it after the wait.
+    the main process has found the same error, it reports it during this time. If not, they report their own after the wait.
     """
     try:
         yield
@@ -463,12 +462,13 @@ def run(main: Callable[[], object]) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(MaskedFormatter("%(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    for library in ("datasets", "huggingface_hub"):  # their own handlers would print each message a second time, with secrets
+        logging.getLogger(library).handlers.clear()
     sys.excepthook = show_masked
     main_process = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if main_process and "hub_token" in given_flags(sys.argv):
         logger.warning(
-            "--hub_token is visible in the process list and in the launcher's error messages; set the environment variable "
-            "HF_TOKEN instead"
+            "--hub_token is visible in the process list and in the launcher's error messages; set the variable HF_TOKEN instead"
         )
     warn_on_main_only()
     use_all_cores()
@@ -493,5 +493,5 @@ def run(main: Callable[[], object]) -> None:
         message = str(error).splitlines()[-1].removeprefix(f"{RankError.__module__}.{RankError.__name__}: ")
         with contextlib.suppress(OSError):  # stderr may be a file on the full disk
             print(f"error: {message}", file=sys.stderr, flush=True)
-        # The process group is not ended here: under accelerate, other ranks end here too, and no rank should wait for another.
+        # The process group is not ended here: other ranks end here too, and no rank should wait for another.
         raise SystemExit(2) from None

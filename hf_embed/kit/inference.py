@@ -24,7 +24,9 @@ MODEL_HELP = "Folder or Hub name of the model. Default: the built-in quickstart 
 class EncodingArguments:
     """Flags for how a model encodes. The dataclass of a recipe derives from this class."""
 
-    pooling: str | None = setting(None, "Pooling of the token states. Default: the setting of the model's folder, else mean.")
+    pooling: str | None = setting(
+        None, "Pooling of the token states. Default: that of the model's folder, else mean (of a causal model last)."
+    )
     max_length: int | None = setting(None, "Maximum length of a text, in tokens. Default: the setting of the model's folder.")
     trust_remote_code: bool = setting(False, TRUST)
 

@@ -1,5 +1,6 @@
 """Loading of the model that a plan names, with the dropout, LoRA adapters and heads that the flags ask for."""
 
+import warnings
 from collections.abc import Iterable
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -132,7 +133,9 @@ def add_adapters(encoder: Encoder, model_args: ModelArguments) -> None:
         modules_to_save=["pooler"] if uses_pooler(encoder.pooling) else None,
     )  # fmt: skip
     try:
-        encoder.backbone = cast(PreTrainedModel, get_peft_model(encoder.backbone, config))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT reads a name that transformers has renamed
+            encoder.backbone = cast(PreTrainedModel, get_peft_model(encoder.backbone, config))
     except (ValueError, TypeError) as error:  # for example, PEFT does not support the kind of the module
         raise InputError(f"--lora_target_modules {' '.join(targets)}: {' '.join(str(error).split())}") from error
 
