@@ -265,6 +265,19 @@ def test_a_tokenizer_that_pads_on_the_left_does_not_matter(tmp_path, qwen_tokeni
     assert_close(LOADERS[loader](tmp_path / "saved", encoder), encoder.encode(TEXTS))
 
 
+# BUG: transformers saves the side only if the loaded tokenizer_config.json names it. Long texts then got other vectors from the
+# saved folder, or a run ended in an ExportError.
+@pytest.mark.parametrize("loader", LOADERS)
+def test_the_side_on_which_texts_are_truncated_is_saved(tmp_path, loader):
+    tokenizer = small_tokenizer()
+    tokenizer.truncation_side = "left"
+    encoder = Encoder(tiny_model(), tokenizer, max_length=50).eval()
+    encoder.save_pretrained(tmp_path)
+    assert_close(LOADERS[loader](tmp_path, encoder), encoder.encode(TEXTS))
+    saved = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert (saved["truncation_side"], saved["padding_side"]) == ("left", "right")  # also for classes with another default
+
+
 # ---- refusing to save ----
 
 
