@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import sentence_transformers.sentence_transformer.modules as st
 import torch
-from conftest import DECODERS, error_of, small_tokenizer, tiny_encoder, tiny_model
+from conftest import DECODERS, SMALL, error_of, small_tokenizer, tiny_encoder, tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from test_pooling import by_loop
 from test_safe_files import killed_at
-from transformers import AutoModel, AutoTokenizer, BertModel, Qwen2Tokenizer
+from transformers import AutoModel, AutoTokenizer, BertModel, LlamaConfig, LlamaModel, LlamaTokenizer, Qwen2Tokenizer
 
 from hf_embed import Encoder, InputError, TempScaleConfig, apply_tempscale
 from hf_embed.checkpoint import save, verify
@@ -263,6 +263,30 @@ def test_a_tokenizer_that_pads_on_the_left_does_not_matter(tmp_path, qwen_tokeni
     encoder = Encoder(tiny_model(architecture), tokenizer, "last").eval()
     encoder.save_pretrained(tmp_path / "saved")
     assert_close(LOADERS[loader](tmp_path / "saved", encoder), encoder.encode(TEXTS))
+
+
+# BUG: LlamaTokenizer and GemmaTokenizer pad on the left by default, and transformers saves a side only if the loaded
+# tokenizer_config.json names it. So AutoTokenizer padded on the left, and the card's lines for pooling last took other tokens.
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_kind_of_tokenizer_that_pads_on_the_left_does_not_matter(tmp_path, loader):
+    lines = (QUICKSTART / "sentences.txt").read_text(encoding="utf-8").splitlines()[:200]
+    tokenizer = LlamaTokenizer().train_new_from_iterator(lines, 600)
+    assert tokenizer.padding_side == "left"
+    tokenizer.pad_token = tokenizer.eos_token
+    torch.manual_seed(0)
+    encoder = Encoder(LlamaModel(LlamaConfig(**SMALL, max_position_embeddings=64)).eval(), tokenizer, "last")
+    encoder.save_pretrained(tmp_path)
+    assert_close(LOADERS[loader](tmp_path, encoder), encoder.encode(TEXTS))
+
+
+# BUG: as above. Long texts got other vectors from the saved folder, or a run ended in an ExportError.
+@pytest.mark.parametrize("loader", LOADERS)
+def test_the_side_on_which_texts_are_truncated_is_saved(tmp_path, loader):
+    tokenizer = small_tokenizer()
+    tokenizer.truncation_side = "left"
+    encoder = Encoder(tiny_model(), tokenizer, max_length=50).eval()
+    encoder.save_pretrained(tmp_path)
+    assert_close(LOADERS[loader](tmp_path, encoder), encoder.encode(TEXTS))
 
 
 # ---- refusing to save ----

@@ -218,8 +218,9 @@ def write_tokenizer(encoder: Encoder, folder: str) -> None:
     tokenizer.model_max_length = encoder.max_length
     # Without a mask, padding would count as text.
     tokenizer.model_input_names = [*dict.fromkeys([*tokenizer.model_input_names, "attention_mask"])]
-    tokenizer.init_kwargs["model_input_names"] = tokenizer.model_input_names  # else the value from loading is saved
     tokenizer.padding_side = "right"  # absolute positions and pooling "last" in the card count from the left
+    # Otherwise transformers saves the values from loading, or none at all.
+    tokenizer.init_kwargs |= {key: getattr(tokenizer, key) for key in ("model_input_names", "padding_side", "truncation_side")}
     tokenizer.save_pretrained(folder)
 
 

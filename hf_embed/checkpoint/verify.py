@@ -120,7 +120,6 @@ def through_automodel(
         if name not in loaded or not torch.equal(loaded[name], tensor.to(loaded[name].device)):
             raise ExportError(f"not saved: the saved tensor '{name}' differs from the trained one ({type(model).__name__})")
     model = model.to(device).eval()
-    tokenizer.padding_side = "right"
     pooling = POOLINGS[saved_pooling(encoder.pooling)]
     dense = read_settings(folder, model).get("dense", [])
 
