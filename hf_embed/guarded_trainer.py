@@ -63,6 +63,7 @@ class GuardedTrainer(CheckpointTrainer):
     args: ContrastiveTrainingArguments
     encoder: Encoder
     watch: Watch
+    saves_later = False  # whether the checkpoint of a step waits for the end of the epoch
     fast_dropout = True  # False: train with the dropout of PyTorch, whose masks are other ones
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -198,7 +199,7 @@ class GuardedTrainer(CheckpointTrainer):
         """
         set_accelerate_state(self.accelerate_state)  # other arguments or trainers may have emptied or replaced it
         folder, self.stopping, self.activations = Path(str(self.args.output_dir)), False, Activations()
-        self.rows_trained, self.losses, self.source_losses = 0, FiniteLosses(), {}
+        self.rows_trained, self.losses, self.source_losses, self.saves_later = 0, FiniteLosses(), {}, False
         # Trainer would read the loss of each micro-batch, for which the host waits for the GPU, to log another in place of a
         # NaN or infinite one. `FiniteLosses` leaves these out.
         filtered, self.args.logging_nan_inf_filter = self.args.logging_nan_inf_filter, False
@@ -213,7 +214,15 @@ class GuardedTrainer(CheckpointTrainer):
     def _maybe_log_save_evaluate(
         self, tr_loss: Tensor, grad_norm: Tensor | float | None, model: nn.Module, trial: Any, *args: Any, **named: Any
     ) -> None:
-        """Log, evaluate and save if it is time for that. Then stop if a signal was received."""
+        """Log, evaluate and save if it is time for that. Then stop if a signal was received.
+
+        A checkpoint of the last step of an epoch is saved after what is logged and evaluated at the end of the epoch.
+        """
+        at_epoch_end = "epoch" in (self.args.eval_strategy, self.args.logging_strategy)
+        if at_epoch_end and self.stop_requests.before_epoch_end(self.state):
+            self.saves_later, self.control.should_save = self.control.should_save, False
+        elif self.saves_later:
+            self.saves_later, self.control.should_save = False, True
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **named)
         if number := self.stop_requests.due(self.state, self.control):
             self._stop(number, model, trial)
