@@ -262,8 +262,9 @@ def read_flags(
     flags = settle_schedule(flags)
     if "seeds" in flags.given and (seed := flags.values["seed"]) != ContrastiveTrainingArguments.seed:
         raise InputError(f"--seed {seed} has no effect with --seeds; remove one of them")
-    made = [flags.make(kind) for kind in kinds]  # each dataclass checks its values
-    refuse_unused(made[-1], HUB_FLAGS, "push_to_hub", "add --push_to_hub")
+    for kind in kinds:
+        flags.make(kind)  # each dataclass checks its values
+    refuse_unused(flags.make(ContrastiveTrainingArguments), HUB_FLAGS, "push_to_hub", "add --push_to_hub")
     for flag in ("model_name_or_path", "fill_model"):  # checked now, because reading the rows may take long
         if name := flags.values.get(flag):
             find_model(name)
