@@ -163,7 +163,8 @@ class GuardedTrainer(CheckpointTrainer):
         """Search as `Trainer.hyperparameter_search` does.
 
         Raises:
-            InputError: if `compute_objective` is not given, and the evaluation sets have other metrics than the loss.
+            InputError: if `compute_objective` is not given, and the evaluation sets have other metrics than the loss. Also if
+                `hp_space` names something that is no setting.
         """
         tasks = own_tasks(cast("ContrastiveTrainer", self))
         if compute_objective is None and any(logged_by(task) != {"loss"} for task in tasks.values()):
@@ -172,7 +173,20 @@ class GuardedTrainer(CheckpointTrainer):
                 f"give, for example, compute_objective=lambda metrics: metrics['eval_{main_metric(tasks)}'] and "
                 "direction='maximize'"
             )
-        return super().hyperparameter_search(hp_space, compute_objective, *args, **named)
+
+        def space(trial: Any) -> Any:
+            values = hp_space(trial)
+            for name, value in values.items() if trial is not None else ():
+                if not hasattr(self.args, name):
+                    raise InputError(
+                        f"hyperparameter_search cannot search {name}, which is no setting of args; make a new "
+                        "ContrastiveTrainer for each value"
+                    )
+                if isinstance(value, float) and type(getattr(self.args, name)) is int:  # Trainer would cut it to an int
+                    setattr(self.args, name, value)
+            return values
+
+        return super().hyperparameter_search(space if hp_space else None, compute_objective, *args, **named)
 
     # ---- signals and ranks ----
 
