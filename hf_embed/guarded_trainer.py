@@ -61,6 +61,7 @@ class GuardedTrainer(CheckpointTrainer):
     encoder: Encoder
     watch: Watch
     eval_dataset: dict[str, Task] | None
+    saves_later = False  # whether the checkpoint of a step waits for the end of the epoch
     fast_dropout = True  # False: train with the dropout of PyTorch, whose masks are other ones
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -159,7 +160,8 @@ class GuardedTrainer(CheckpointTrainer):
         """Search as `Trainer.hyperparameter_search` does.
 
         Raises:
-            InputError: if `compute_objective` is not given, and the evaluation sets have other metrics than the loss.
+            InputError: if `compute_objective` is not given, and the evaluation sets have other metrics than the loss. Also if
+                `hp_space` names something that is no setting.
         """
         tasks = own_tasks(self)
         if compute_objective is None and any(logged_by(task) != {"loss"} for task in tasks.values()):
@@ -168,7 +170,20 @@ class GuardedTrainer(CheckpointTrainer):
                 f"give, for example, compute_objective=lambda metrics: metrics['eval_{main_metric(tasks)}'] and "
                 "direction='maximize'"
             )
-        return super().hyperparameter_search(hp_space, compute_objective, *args, **named)
+
+        def space(trial: Any) -> Any:
+            values = hp_space(trial)
+            for name, value in values.items() if trial is not None else ():
+                if not hasattr(self.args, name):
+                    raise InputError(
+                        f"hyperparameter_search cannot search {name}, which is no setting of args; make a new "
+                        "ContrastiveTrainer for each value"
+                    )
+                if isinstance(value, float) and type(getattr(self.args, name)) is int:  # Trainer would cut it to an int
+                    setattr(self.args, name, value)
+            return values
+
+        return super().hyperparameter_search(space if hp_space else None, compute_objective, *args, **named)
 
     # ---- signals and ranks ----
 
@@ -195,7 +210,7 @@ class GuardedTrainer(CheckpointTrainer):
         """
         set_accelerate_state(self.accelerate_state)  # other arguments or trainers may have emptied or replaced it
         folder, self.stopping, self.activations = Path(str(self.args.output_dir)), False, Activations()
-        self.rows_trained, self.losses, self.source_losses = 0, FiniteLosses(), {}
+        self.rows_trained, self.losses, self.source_losses, self.saves_later = 0, FiniteLosses(), {}, False
         # Trainer would read the loss of each micro-batch, for which the host waits for the GPU, to log another in place of a
         # NaN or infinite one. `FiniteLosses` leaves these out.
         filtered, self.args.logging_nan_inf_filter = self.args.logging_nan_inf_filter, False
@@ -210,7 +225,15 @@ class GuardedTrainer(CheckpointTrainer):
     def _maybe_log_save_evaluate(
         self, tr_loss: Tensor, grad_norm: Tensor | float | None, model: nn.Module, trial: Any, *args: Any, **named: Any
     ) -> None:
-        """Log, evaluate and save if it is time for that. Then stop if a signal was received."""
+        """Log, evaluate and save if it is time for that. Then stop if a signal was received.
+
+        A checkpoint of the last step of an epoch is saved after what is logged and evaluated at the end of the epoch.
+        """
+        at_epoch_end = "epoch" in (self.args.eval_strategy, self.args.logging_strategy)
+        if at_epoch_end and self.stop_requests.before_epoch_end(self.state):
+            self.saves_later, self.control.should_save = self.control.should_save, False
+        elif self.saves_later:
+            self.saves_later, self.control.should_save = False, True
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **named)
         if number := self.stop_requests.due(self.state, self.control):
             self._stop(number, model, trial)

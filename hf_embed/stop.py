@@ -103,6 +103,11 @@ class StopRequests(TrainerCallback):
         """Record that the current step has a checkpoint."""
         self.saved_step = state.global_step
 
+    def before_epoch_end(self, state: TrainerState) -> bool:
+        """Return whether a step has ended that is the last one of an epoch or of the training, and the epoch ends next."""
+        last = state.global_step >= state.max_steps or (state.epoch is not None and float(state.epoch).is_integer())
+        return self.at_step_end and last
+
     def due(self, state: TrainerState, control: TrainerControl) -> int:
         """Return the number of the signal to stop for now, or 0. The result is the same on every rank.
 
@@ -110,10 +115,8 @@ class StopRequests(TrainerCallback):
         callback has ended the training early (early stopping), the training is complete and the result is 0: a resumed run
         would train further.
         """
-        last = state.global_step >= state.max_steps or (state.epoch is not None and float(state.epoch).is_integer())
-        of_epoch = self.at_step_end and last
         over = control.should_training_stop and state.global_step < state.max_steps
-        if of_epoch or over:
+        if self.before_epoch_end(state) or over:
             return 0
         return largest(self.received)
 

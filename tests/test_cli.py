@@ -13,7 +13,7 @@ from conftest import error_of
 from hf_embed import ContrastiveTrainingArguments, InputError, SimCSE
 from hf_embed.kit import cli
 from hf_embed.kit.eval_flags import EvalArguments
-from hf_embed.kit.plan import DataArguments
+from hf_embed.kit.plan import DataArguments, ModelArguments, RunArguments
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def parse(tmp_path):
     def function(yaml, *flags):
         path = tmp_path / "run.yaml"
         path.write_bytes(yaml if isinstance(yaml, bytes) else yaml.encode())
-        kinds = [DataArguments, EvalArguments, SimCSE, ContrastiveTrainingArguments]
+        kinds = [DataArguments, EvalArguments, SimCSE, ModelArguments, RunArguments, ContrastiveTrainingArguments]
         return {k: v for part in cli.parse(kinds, argv=["--config", str(path), *flags]) for k, v in vars(part).items()}
 
     return function
@@ -52,6 +52,11 @@ def parse(tmp_path):
         ("lr_scheduler_type: cosine\nlr_scheduler_kwargs: {num_cycles: 2}", "lr_scheduler_kwargs", {"num_cycles": 2}),
         # BUG: YAML 1.1 reads `no` as False, and "False" was refused, because it is not one of the choices.
         ("eval_strategy: no", "eval_strategy", "no"),
+        # BUG: Norwegian was left out of the card, and in a list it was "False".
+        ("language: no", "language", ["no"]),
+        ("language: [da, no, sv]", "language", ["da", "no", "sv"]),
+        ("temp_scale: off", "temp_scale", None),
+        ("eval_sts_file: no", "eval_sts_file", []),
         # BUG: False became the text "False", which was taken for a folder.
         ("resume_from_checkpoint: false", "resume_from_checkpoint", None),
         # BUG: an empty list became a flag without a value, which was refused.
@@ -141,12 +146,18 @@ def test_bad_yaml(yaml, expected, parse, tmp_path):
         ),
         ("gradient_caching: perhaps", "argument --gradient_caching: Truthy value expected"),
         ("max_length: [32, 64]", "argument --max_length: expected one argument"),
+        # BUG: with `no` or `off`, these flags kept their defaults, without a message.
+        ("max_grad_norm: no", "argument --max_grad_norm: invalid float value: 'no'"),
+        ("lr_scheduler_type: no", "argument --lr_scheduler_type: invalid choice: 'no'"),
+        ("report_to: no", "report_to: unknown name 'no'; use "),
+        ("dropout: no", "argument --dropout: invalid float value: 'no'"),
     ],
 )
 def test_bad_value_in_yaml_is_said_as_on_the_command_line(yaml, expected, parse):
     assert expected in error_of(parse, yaml)
     key, value = yaml.split(": ")
-    assert parse(yaml, f"--{key}=1" if "eval" not in key else "--eval_strategy=no")  # the command line overrides the file
+    other = {"eval_strategy": "no", "lr_scheduler_type": "linear", "report_to": "none", "dropout": "0.1"}.get(key, "1")
+    assert parse(yaml, f"--{key}={other}")  # the command line overrides the file
     if "[" not in value:
         assert expected in error_of(parse, "", f"--{key}", value)
 

@@ -237,6 +237,9 @@ BAD = {
     "wrong kind": (["--train_file", "{model}/config.toml"], "this file does not exist"),
     "both sources": (["--train_file", "{nli}", "--dataset_name", "a/b"], "give one"),
     "a split of a file": (["--train_file", "{nli}", "--dataset_split", "dev"], "--dataset_split has no effect without"),
+    # BUG: these two did nothing, without a message.
+    "not pushed": (["--train_file", "{nli}", "--hub_model_id", "me/a"], "--hub_model_id has no effect without --push_to_hub"),
+    "searches of nothing": (["--train_file", "{nli}", "--show_searches", "3"], "--show_searches has no effect without a retr"),
     "model without data": (["--model_name_or_path", "{model}"], "--train_file FILE, --dataset_name NAME or --sources FILE"),
     "unreachable model": (["--train_file", "{nli}", "--model_name_or_path", "no/such-model"], "without arguments runs offline"),
     "unreachable dataset": (

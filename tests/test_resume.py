@@ -364,6 +364,21 @@ def test_arguments_alone_do_not_resume(run, caplog):
     assert "this training does not resume: resume_from_checkpoint of the arguments is only for your script" in caplog.text
 
 
+def test_a_checkpoint_at_the_end_of_an_epoch_has_its_evaluation(tmp_path):
+    """BUG: a resumed run lacked the evaluation and the log of the epoch, and its schedule did not see the metric."""
+    never = {"patience": 0, "threshold": 1e6, "threshold_mode": "abs"}
+    settings = {"max_steps": -1, "num_train_epochs": 3, "save_steps": 4, "eval_strategy": "epoch", "logging_strategy": "epoch",
+                "learning_rate": 1e-3, "lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": never}  # fmt: skip
+    whole = trainer(tmp_path, eval_dataset={"s": STS}, **settings)
+    whole.train()
+    resumed = trainer(tmp_path, eval_dataset={"s": STS}, **settings)
+    resumed.train(str(tmp_path / "checkpoint-4"))
+    assert same(weights(whole), weights(resumed))
+    for key in ("loss", "eval_spearman", "learning_rate"):
+        entries = [[entry[key] for entry in run.state.log_history if key in entry] for run in (whole, resumed)]
+        assert entries[0] == entries[1] and len(entries[0]) == 3, key
+
+
 def test_a_schedule_that_cycles_the_momentum_goes_on_exactly(tmp_path):
     """BUG: the first step of the resumed run had the momentum of the first step of all."""
     runs = []

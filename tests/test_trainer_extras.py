@@ -121,6 +121,16 @@ def test_a_search_without_an_objective_is_refused(tmp_path):
     assert best.objective == made.evaluate()["eval_loss"]
 
 
+class EachRate(TrainerCallback):
+    """Record the learning rate of each step."""
+
+    def __init__(self, rates: list[float]):
+        self.rates = rates
+
+    def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+        self.rates.append(optimizer.param_groups[0]["lr"])
+
+
 def search(made, space) -> object:
     optuna = pytest.importorskip("optuna")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -128,6 +138,16 @@ def search(made, space) -> object:
         space, lambda metrics: metrics["eval_spearman"], n_trials=2, direction="maximize", backend="optuna",
         sampler=optuna.samplers.BruteForceSampler(seed=0),
     )  # fmt: skip
+
+
+def test_a_search_takes_each_value_as_it_is_or_refuses_its_name(tmp_path):
+    """BUG: a share of the steps as warmup became 0, because the default is whole, and an unknown name did nothing."""
+    made, rates = trainer(tmp_path, model_init=new_model, settings={"logging_steps": 1, "max_steps": 4}), []
+    made.add_callback(EachRate(rates))
+    search(made, lambda trial: {"warmup_steps": trial.suggest_categorical("warmup_steps", [0.5, 2])})
+    assert rates == 2 * [0.0, 2.5e-5, 5e-5, 2.5e-5]
+    problem = error_of(search, made, lambda trial: {"temperature": trial.suggest_categorical("temperature", [0.1, 0.2])})
+    assert problem.startswith("hyperparameter_search cannot search temperature, which is no setting of args; make a new")
 
 
 def test_each_trial_keeps_its_checkpoints(tmp_path):

@@ -373,9 +373,13 @@ def test_no_warning_without_a_reason(tmp_path, caplog):
     assert "eval_steps has no effect: eval_strategy is no; set eval_strategy to steps" in caplog.messages
 
 
-def test_settings_of_an_evaluation_without_sets_are_named_once(tmp_path, caplog):
+# BUG: without eval_strategy, the other settings of an evaluation were ignored without a message.
+@pytest.mark.parametrize(
+    "settings", [{"eval_strategy": "steps", "eval_steps": 1}, {"eval_steps": 1}, {"metric_for_best_model": "spearman"}]
+)
+def test_settings_of_an_evaluation_without_sets_are_named_once(tmp_path, caplog, settings):
     """The preset of a recipe evaluates, but the user gives training rows and no evaluation set. A single warning says so."""
-    args = ContrastiveTrainingArguments(tmp_path, eval_strategy="steps", eval_steps=1, use_cpu=True)
+    args = ContrastiveTrainingArguments(tmp_path, use_cpu=True, **settings)
     with caplog.at_level(logging.WARNING, "hf_embed"):
         warn_of_ignored(without_evaluation(args), {})
     assert caplog.messages == [

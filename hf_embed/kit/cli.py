@@ -40,6 +40,8 @@ from hf_embed.stop import Stopped
 logger = logging.getLogger(__name__)
 
 FROM_HAND = "trust_remote_code"  # a permission that the user must give on the command line, never in a file
+SWITCHES = (string_to_bool, caching_mode)  # the types of flags that are true or false
+SAYS_NO = ("dropout", "language", "report_to")  # flags for which "no" is not the same as no value
 # Names of flags in other programs, and our names for them. difflib would suggest no flag, or a wrong one.
 ELSEWHERE = {
     "batch_size": "per_device_train_batch_size",
@@ -333,10 +335,8 @@ def set_defaults(parser: Parser, path: str, source: str, given: list[str]) -> li
         action = parser.actions.get(key)
         if action is None or key not in parser.names():
             raise InputError(f"{source}: unknown key '{key}'{parser.suggestion(str(key))}")
-        if value is False and action.type not in (string_to_bool, caching_mode):  # YAML reads a bare `no` as False
-            value = "no" if "no" in (action.choices or ()) else None
-        overridden, empty = {key, f"no_{key}"} & set(given), value is None or value == []
-        if not overridden and not empty:
+        without = value is False and action.type not in SWITCHES and action.default in (None, []) and key not in SAYS_NO
+        if not without and value not in (None, []) and not {key, f"no_{key}"} & set(given):
             parser.set_defaults(**{key: convert(parser, action, value)})
             action.required = False
             names.append(key)
@@ -347,21 +347,21 @@ def convert(parser: Parser, action: argparse.Action, value: object) -> object:
     """Convert a value from a YAML file to the type of the flag. Raises InputError if the flag does not accept the value."""
     if action.nargs == 0:  # a flag without a value, for example --no_FLAG
         parser.error(str(argparse.ArgumentError(action, f"ignored explicit argument {str(value)!r}")))
-    for item in value if isinstance(value, list) else []:
+    items = value if isinstance(value, list) else [value]
+    for item in items if items is value else []:
         if str(item).startswith("--"):
             raise InputError(f"{action.dest}: '{item}' looks like a flag; give it on the command line")
     if action.nargs == "+":
-        return [convert_one(parser, action, item) for item in (value if isinstance(value, list) else [value])]
-    if isinstance(value, list):
-        if len(value) != 1:
-            parser.error(str(argparse.ArgumentError(action, "expected one argument")))
-        value = value[0]
-    return convert_one(parser, action, value)
+        return [convert_one(parser, action, item) for item in items]
+    if len(items) != 1:
+        parser.error(str(argparse.ArgumentError(action, "expected one argument")))
+    return convert_one(parser, action, items[0])
 
 
 def convert_one(parser: Parser, action: argparse.Action, value: object) -> object:
     """Convert a single value to the type of the flag, with the error messages of argparse."""
     kind = action.type if callable(action.type) else str
+    value = "no" if value is False and kind not in SWITCHES else value  # YAML reads a bare `no` as False
     text = json.dumps(value) if isinstance(value, dict) else str(value)
     try:
         converted = kind(text)

@@ -22,6 +22,7 @@ from hf_embed.data.sources import first_cells, leave_out, read_file, read_hub
 from hf_embed.entry import is_first_process
 from hf_embed.errors import InputError, masked
 from hf_embed.evaluation.held_out import HeldOut
+from hf_embed.evaluation.retrieval import Retrieval
 from hf_embed.evaluation.rows import is_number
 from hf_embed.evaluation.sts import STS, read_sts
 from hf_embed.evaluation.tasks import Task
@@ -106,6 +107,7 @@ class DataArguments:
 
 
 DATA_FLAGS = ("train_file", "dataset_name", "sources")
+HUB_FLAGS = ("hub_model_id", "hub_token", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision")
 HELD_OUT = "held_out"  # the name of the evaluation set that --eval_file makes
 NO_DATA = "there is no training data; give --train_file FILE, --dataset_name NAME or --sources FILE"
 
@@ -220,6 +222,7 @@ def read_flags(
         raise InputError(f"--seed {seed} has no effect with --seeds; remove one of them")
     for kind in kinds:
         flags.make(kind)  # each dataclass checks its values
+    refuse_unused(flags.make(ContrastiveTrainingArguments), HUB_FLAGS, "push_to_hub", "add --push_to_hub")
     for flag in ("model_name_or_path", "fill_model"):  # checked now, because reading the rows may take long
         if name := flags.values.get(flag):
             find_model(name)
@@ -327,6 +330,9 @@ def make_plan(
     run = flags.make(RunArguments)
     check_metric(args, tasks)
     check_stopping(run.early_stopping_patience, args, tasks)
+    searched = any(isinstance(task, Retrieval) for task in tasks.values())
+    if run.show_searches and "show_searches" in flags.given and not searched:
+        raise InputError("--show_searches has no effect without a retrieval set; give --eval_retrieval_dir NAME=DIR")
     if not tasks:
         args = without_evaluation(args)
     given = rows.data
@@ -380,7 +386,8 @@ def settled(args: ContrastiveTrainingArguments, **values: Any) -> ContrastiveTra
 
 def without_evaluation(args: ContrastiveTrainingArguments) -> ContrastiveTrainingArguments:
     """Return a copy of the arguments without evaluation. Print a warning if the arguments ask for evaluation."""
-    if is_first_process() and (args.eval_strategy != "no" or args.load_best_model_at_end):
+    asked = args.eval_strategy != "no" or args.eval_steps or args.eval_delay or args.metric_for_best_model
+    if is_first_process() and asked:
         logger.warning("no --eval_... NAME=PATH is given: nothing is evaluated, and the last model is kept, not the best one")
     nothing = {"eval_strategy": IntervalStrategy.NO, "do_eval": False, "eval_steps": None, "load_best_model_at_end": False}
     return settled(args, **nothing)
