@@ -1,6 +1,7 @@
 """Test what other devices than a CPU lack, and models that are on several devices."""
 
 import contextlib
+import importlib.util
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,12 +13,14 @@ from test_trainer import ROWS, trainer
 from torch import nn
 from torch.distributed.fsdp import StateDictType
 from torch.overrides import TorchFunctionMode
+from transformers import TrainingArguments
 
-from hf_embed import Encoder, SimCSE
+from hf_embed import ContrastiveTrainingArguments, Encoder, SimCSE
 from hf_embed.activations import ChunkEncoder
 from hf_embed.errors import InputError
 from hf_embed.mlm import mask_tokens
 from hf_embed.objectives import CoSENT, ImprovedContrastive, MarginMSE, Matryoshka, TeacherKL, VectorDistillation
+from hf_embed.packing import precision
 
 
 class OnApple(torch.Tensor):
@@ -152,3 +155,36 @@ def test_vectors_on_two_devices_are_compared():
     on_gpu, stored = torch.ones(2, 32, device="meta"), np.ones((2, 32), dtype=np.float32)
     first, second, compare = tiny_encoder().comparable(on_gpu, stored, None)
     assert first.device == second.device == compare(first, second).device == on_gpu.device
+
+
+@pytest.mark.parametrize(
+    ("launched", "given", "expected"),
+    [
+        ("bf16", {}, (True, False)),
+        ("fp16", {}, (False, True)),
+        ("no", {}, (False, False)),
+        ("bf16", {"fp16": True}, (False, True)),
+    ],
+)
+def test_deepspeed_takes_the_precision_of_the_launcher(tmp_path, monkeypatch, launched, given, expected):
+    """BUG: zero2_8gpu.yaml ended in an error of transformers, unless --bf16 was given too."""
+    real, seen = importlib.util.find_spec, []
+
+    def as_transformers_sees_them(args):  # the package deepspeed is not needed here
+        seen.append((args.bf16, args.fp16))
+        raise ValueError("enough")
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: name == "deepspeed" or real(name, *more))
+    monkeypatch.setattr(TrainingArguments, "__post_init__", as_transformers_sees_them)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    for by_deepspeed in ("true", "false"):
+        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", by_deepspeed)
+        error_of(ContrastiveTrainingArguments, str(tmp_path), report_to="none", **given)
+    assert seen == [expected, (False, "fp16" in given)]  # control: without DeepSpeed, accelerate reads the launcher's precision
+
+
+def test_a_model_without_flash_attention_is_not_asked_for_its_device():
+    """BUG: in the backward pass of FSDP 1, which shows no parameters then, gradient caching ended in StopIteration."""
+    model = tiny_model()
+    model.parameters = lambda *_: iter(())
+    assert isinstance(precision(model), contextlib.nullcontext)
