@@ -11,14 +11,15 @@ This is `gradient_caching="as_needed"`:
 Recomputation uses the same random states, so the gradients are bit for bit the same, whichever chunks are kept.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 from transformers import PreTrainedModel
 from transformers.hf_argparser import string_to_bool
 
@@ -177,8 +178,28 @@ class ChunkEncoder:
         # A hook on a parameter would see, and could change, the gradient of each chunk and then their sum.
         hooked = any(map(has_gradient_hook, self.trained))
         if self.sharded or hooked or inputs[0].device.type != "cpu":
-            return checkpoint(self, *inputs, use_reentrant=False, preserve_rng_state=True)
+            contexts = on_apple if inputs[0].device.type == "mps" else noop_context_fn
+            return checkpoint(self, *inputs, use_reentrant=False, preserve_rng_state=True, context_fn=contexts)
         return _Recompute.apply(self, inputs, self.shared, *self.trained)
+
+
+def on_apple() -> tuple[AbstractContextManager, AbstractContextManager]:
+    """Return contexts for a forward pass on Apple's GPU that begins now, and for its repetition with the same random state.
+
+    `torch.utils.checkpoint` restores this state on all other devices.
+    """
+    return nullcontext(), random_state_of_apple(torch.mps.get_rng_state())
+
+
+@contextmanager
+def random_state_of_apple(state: Tensor) -> Iterator[None]:
+    """Inside a `with` block, let random numbers on Apple's GPU follow `state`, and afterwards the state from before."""
+    before = torch.mps.get_rng_state()
+    torch.mps.set_rng_state(state)
+    try:
+        yield
+    finally:
+        torch.mps.set_rng_state(before)
 
 
 def with_caching(encode: ChunkEncoder, caching: bool | Activations, tokens: list[int]) -> list[Callable[..., Tensor]]:

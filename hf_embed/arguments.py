@@ -1,6 +1,7 @@
 """The settings of the trainer. Recipes add dataclasses of their own, with further flags."""
 
 import dataclasses
+import os
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Self
@@ -95,6 +96,9 @@ class ContrastiveTrainingArguments(TrainingArguments):
             # Without this, transformers refuses bf16, treats several CPU processes as unrelated single processes, and takes the
             # GPU although the user has told `accelerate launch` to use the CPU.
             self.use_cpu = True
+        launched = os.environ.get("ACCELERATE_MIXED_PRECISION")
+        if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") and launched in ("bf16", "fp16") and not (self.bf16 or self.fp16):
+            setattr(self, launched, True)  # transformers compares both with DeepSpeed's settings, which follow the launcher
         if self.report_to is None:
             self.report_to = "tensorboard" if is_tensorboard_available() else "none"
         try:

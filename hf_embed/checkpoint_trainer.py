@@ -46,6 +46,7 @@ from hf_embed.trainer_settings import METRIC_SCHEDULES
 logger = logging.getLogger(__name__)
 
 LATEST = "latest"  # the same as True, but easier to read on a command line
+GATHERS = "stage3_gather_16bit_weights_on_model_save"  # a setting of DeepSpeed
 # Parts of transformers' messages about a resumed run that this package replaces, or that are wrong here.
 REPLACED_MESSAGES = (
     "The best checkpoint ",
@@ -80,13 +81,14 @@ class CheckpointTrainer(HubTrainer):
             resume_from_checkpoint: as for `train`.
 
         Raises:
-            InputError: if there are no training rows, if the checkpoint does not exist, is damaged or belongs to another model,
-                or if ranks read different rows. Also if the checkpoint's run had other rows, another objective or the like,
-                unless `args.allow_changed` is set.
+            InputError: if there are no training rows, if sharded weights would not be saved, if the checkpoint does not exist,
+                is damaged or belongs to another model, or if ranks read different rows. Also if the checkpoint's run had other
+                rows, another objective or the like, unless `args.allow_changed` is set.
         """
         if self.train_dataset is None:
             raise InputError("training needs a train_dataset")
         self.check_unchanged()
+        self.check_gathering()
         if resume_from_checkpoint is None and self.args.resume_from_checkpoint:
             logger.warning(
                 "this training does not resume: resume_from_checkpoint of the arguments is only for your script; call "
@@ -103,6 +105,15 @@ class CheckpointTrainer(HubTrainer):
             self._finish_current_push()  # removes the copy that a killed run was uploading
         self.accelerator.wait_for_everyone()
         return checkpoint
+
+    def check_gathering(self) -> None:
+        """Raise InputError if sharded weights would not be gathered, because Trainer would then save no model."""
+        state, lost = self.accelerator.state, "so the trained model would not be saved"
+        if self.is_fsdp_enabled and (kind := state.fsdp_plugin.state_dict_type.name) != "FULL_STATE_DICT":
+            raise InputError(f"fsdp_state_dict_type is {kind}, {lost}; set it to FULL_STATE_DICT")
+        config = state.deepspeed_plugin.hf_ds_config if self.is_deepspeed_enabled else None
+        if config and config.is_zero3() and not config.get_value(f"zero_optimization.{GATHERS}"):
+            raise InputError(f"ZeRO-3 gathers no weights, {lost}; set zero3_save_16bit_model (for DeepSpeed, {GATHERS})")
 
     def find_checkpoint(self, given: str | bool) -> str:
         """Return the checkpoint to resume from, after checking that it is complete and fits this run. Warn about changes.

@@ -132,8 +132,9 @@ def gpu_kernel(device: torch.device, dtype: torch.dtype, width: int, long: bool)
     """
     if dtype not in (torch.float32, torch.float16, torch.bfloat16) or width % 8:
         return None
-    flash = long and dtype != torch.float32 and width <= 256 and torch.cuda.get_device_capability(device) >= (8, 0)
-    return flash_attention if flash else efficient_attention
+    if torch.cuda.get_device_capability(device) < (8, 0):  # such as a T4, which computes bfloat16 without kernels for it
+        return None if dtype == torch.bfloat16 else efficient_attention
+    return flash_attention if long and dtype != torch.float32 and width <= 256 else efficient_attention
 
 
 def groups_of(lengths: tuple[int, ...]) -> list[tuple[int, int]]:

@@ -95,9 +95,10 @@ def rounds_to_half(model: PreTrainedModel) -> bool:
 
 def precision(model: PreTrainedModel) -> AbstractContextManager:
     """Return the context in which the model runs: autocast to bfloat16 if it needs it and the caller has not chosen one."""
+    if not rounds_to_half(model):
+        return nullcontext()
     device = next(model.parameters()).device.type
-    needed = rounds_to_half(model) and not torch.is_autocast_enabled(device)
-    return torch.autocast(device, torch.bfloat16) if needed else nullcontext()
+    return nullcontext() if torch.is_autocast_enabled(device) else torch.autocast(device, torch.bfloat16)
 
 
 class Packing(NamedTuple):

@@ -1,18 +1,26 @@
 """Test what other devices than a CPU lack, and models that are on several devices."""
 
 import contextlib
+import importlib.util
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from conftest import error_of, small_tokenizer, tiny_encoder, tiny_model
 from test_trainer import ROWS, trainer
 from torch import nn
+from torch.distributed.fsdp import StateDictType
 from torch.overrides import TorchFunctionMode
+from transformers import TrainingArguments
 
-from hf_embed import Encoder, SimCSE
+from hf_embed import ContrastiveTrainingArguments, Encoder, SimCSE
+from hf_embed.activations import ChunkEncoder
+from hf_embed.errors import InputError
 from hf_embed.mlm import mask_tokens
 from hf_embed.objectives import CoSENT, ImprovedContrastive, MarginMSE, Matryoshka, TeacherKL, VectorDistillation
+from hf_embed.packing import precision
 
 
 class OnApple(torch.Tensor):
@@ -41,6 +49,28 @@ def test_a_training_on_apple(tmp_path):
     made.evaluate()
     assert isinstance(made.encoder.encode("a cat", convert_to_tensor=True), OnApple)
     assert "uniformity" in made.state.log_history[0]
+
+
+class Ids(torch.Tensor):
+    """Token ids on Apple's GPU, by name."""
+
+    device = torch.device("mps", 0)
+
+
+def test_dropout_is_repeated_on_apple(monkeypatch):
+    """BUG: PyTorch's checkpoints do not restore this random state, so the gradient was that of other dropout masks."""
+    random = torch.Generator()  # that of the GPU
+    monkeypatch.setattr(torch.mps, "get_rng_state", random.get_state)
+    monkeypatch.setattr(torch.mps, "set_rng_state", random.set_state)
+    module = nn.Linear(8, 1)
+    encoder = ChunkEncoder(lambda ids: module.weight * torch.rand(8, generator=random), module, module, sharded=False)
+    before = random.get_state()
+    chunks = [encoder.recomputed(torch.ones(3).as_subclass(Ids)) for _ in range(2)]
+    after = random.get_state()
+    sum(chunks).sum().backward()
+    assert torch.equal(random.get_state(), after)
+    masks = torch.rand(2, 8, generator=random.set_state(before))
+    assert torch.equal(module.weight.grad, masks.sum(0, keepdim=True)) and not torch.equal(*masks)
 
 
 def test_a_training_on_the_cpu_of_a_machine_with_a_gpu(tmp_path, monkeypatch):
@@ -96,8 +126,65 @@ def test_a_model_on_several_devices_is_not_trained(tmp_path):
         )
 
 
+GATHERED = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}
+
+
+@pytest.mark.parametrize(
+    ("by", "saved", "lost", "words"),
+    [
+        ("fsdp", {"state_dict_type": StateDictType.FULL_STATE_DICT}, {"state_dict_type": StateDictType.SHARDED_STATE_DICT},
+         "fsdp_state_dict_type is SHARDED_STATE_DICT, .* set it to FULL_STATE_DICT"),
+        ("deepspeed", {"hf_ds_config": HfDeepSpeedConfig({"zero_optimization": GATHERED})},
+         {"hf_ds_config": HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})}, "ZeRO-3 gathers no weights, .* set zero3"),
+    ],
+    ids=["fsdp", "deepspeed"],
+)  # fmt: skip
+def test_a_run_that_would_save_no_model_is_refused(tmp_path, by, saved, lost, words):
+    """BUG: such a run trained to its end and left no weights. accelerate's defaults for FSDP 2 and ZeRO-3 are such."""
+    made = trainer(tmp_path)
+    setattr(made, f"is_{by}_enabled", True)
+    made.accelerator = SimpleNamespace(state=SimpleNamespace(**{f"{by}_plugin": SimpleNamespace(**saved)}))
+    made.check_gathering()
+    setattr(made.accelerator.state, f"{by}_plugin", SimpleNamespace(**lost))
+    with pytest.raises(InputError, match=words):
+        made.train()
+
+
 def test_vectors_on_two_devices_are_compared():
     """BUG: a query on a GPU and stored vectors in an array ended in an error of PyTorch."""
     on_gpu, stored = torch.ones(2, 32, device="meta"), np.ones((2, 32), dtype=np.float32)
     first, second, compare = tiny_encoder().comparable(on_gpu, stored, None)
     assert first.device == second.device == compare(first, second).device == on_gpu.device
+
+
+@pytest.mark.parametrize(
+    ("launched", "given", "expected"),
+    [
+        ("bf16", {}, (True, False)),
+        ("fp16", {}, (False, True)),
+        ("no", {}, (False, False)),
+        ("bf16", {"fp16": True}, (False, True)),
+    ],
+)
+def test_deepspeed_takes_the_precision_of_the_launcher(tmp_path, monkeypatch, launched, given, expected):
+    """BUG: zero2_8gpu.yaml ended in an error of transformers, unless --bf16 was given too."""
+    real, seen = importlib.util.find_spec, []
+
+    def as_transformers_sees_them(args):  # the package deepspeed is not needed here
+        seen.append((args.bf16, args.fp16))
+        raise ValueError("enough")
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: name == "deepspeed" or real(name, *more))
+    monkeypatch.setattr(TrainingArguments, "__post_init__", as_transformers_sees_them)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    for by_deepspeed in ("true", "false"):
+        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", by_deepspeed)
+        error_of(ContrastiveTrainingArguments, str(tmp_path), report_to="none", **given)
+    assert seen == [expected, (False, "fp16" in given)]  # control: without DeepSpeed, accelerate reads the launcher's precision
+
+
+def test_a_model_without_flash_attention_is_not_asked_for_its_device():
+    """BUG: in the backward pass of FSDP 1, which shows no parameters then, gradient caching ended in StopIteration."""
+    model = tiny_model()
+    model.parameters = lambda *_: iter(())
+    assert isinstance(precision(model), contextlib.nullcontext)

@@ -239,6 +239,21 @@ def test_zero_2_on_two_ranks_ends_where_one_process_ends(tmp_path, monkeypatch, 
         assert all(mine[key] == pytest.approx(theirs[key], abs=1e-3) for key in mine if key.startswith("eval"))
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
+def test_zero_2_in_the_precision_of_its_file(tmp_path, monkeypatch):
+    """BUG: the shipped file ended in an error of transformers. It trains in bfloat16, and saves that precision."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    shipped = yaml.safe_load((HERE.parent / "recipes/accelerate/zero2_8gpu.yaml").read_text())
+    (tmp_path / "zero.yaml").write_text(yaml.safe_dump(shipped | {"use_cpu": True, "num_processes": 2, "main_process_port": 0}))
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "zero.yaml")]
+    for ranks, launcher in ((1, [sys.executable]), (2, accelerate)):
+        run([*launcher, str(HERE / "worker_zero.py"), str(tmp_path / str(ranks)), "cached"])
+    one, two = (load_file(tmp_path / ranks / "model.safetensors") for ranks in "12")
+    assert {tensor.dtype for tensor in two.values()} == {torch.bfloat16}
+    assert relative_error({name: tensor.float() for name, tensor in two.items()}, one) < 1e-2
+
+
 def test_a_killed_rank_ends_the_run(tmp_path):
     """The run ends with an error and in bounded time. The other rank does not wait for the killed one."""
     rows = [json.dumps(row) for row in rows_with(1)]

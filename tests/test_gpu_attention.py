@@ -73,9 +73,13 @@ def test_the_kernel_depends_on_shapes_and_precision(lengths, dtype, width, expec
     assert attend_on_gpu(query, query, query, bounds_of(lengths), max(lengths), 0.0, None) == expected
 
 
-def test_an_older_gpu_has_no_flash_attention(recent, monkeypatch):
+@pytest.mark.parametrize("long", [True, False])
+def test_an_older_gpu_has_no_flash_attention(long, recent, monkeypatch):
+    """BUG: with bfloat16, a run ended in "cutlassF: no kernel found to launch!". PyTorch has none before Ampere."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert gpu_kernel(torch.device("cpu"), torch.float16, 64, True) is packed_attention.efficient_attention
+    for dtype in (torch.float16, torch.float32):
+        assert gpu_kernel(torch.device("cpu"), dtype, 64, long) is packed_attention.efficient_attention
+    assert gpu_kernel(torch.device("cpu"), torch.bfloat16, 64, long) is None
 
 
 @pytest.mark.parametrize(("dtype", "width"), [(torch.float64, 64), (torch.float32, 12)])
@@ -85,14 +89,12 @@ def test_without_a_kernel_the_texts_are_padded(dtype, width):
         attend_on_gpu(query, query, query, bounds_of(LONG), max(LONG), 0.0, None)
 
 
-def test_under_autocast_the_states_are_cast(monkeypatch):
+def test_under_autocast_the_states_are_cast(recent, monkeypatch):
     """As PyTorch's function for padded texts does: some models add positions to query and key in float32."""
     monkeypatch.setattr(packed_attention, "efficient_attention", lambda query, key, value, *_: (query, key, value))
-    gpu_kernel.cache_clear()
     query = states(SHORT)
     with torch.autocast("cpu", torch.bfloat16):
         cast = attend_on_gpu(query, query, query.bfloat16(), bounds_of(SHORT), max(SHORT), 0.0, None)
-    gpu_kernel.cache_clear()
     assert {part.dtype for part in cast} == {torch.bfloat16}
 
 
