@@ -107,7 +107,7 @@ class DataArguments:
 
 
 DATA_FLAGS = ("train_file", "dataset_name", "sources")
-HUB_FLAGS = ("hub_model_id", "hub_token", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision")
+HUB_FLAGS = ("hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision")
 HELD_OUT = "held_out"  # the name of the evaluation set that --eval_file makes
 NO_DATA = "there is no training data; give --train_file FILE, --dataset_name NAME or --sources FILE"
 
