@@ -240,7 +240,7 @@ ONE_PROCESS = "accelerate started one process although several were requested (i
 CHECK = "from hf_embed.kit.cli import check_processes; check_processes()"
 
 
-@pytest.mark.parametrize("set_by", ["launcher", "environment"])
+@pytest.mark.parametrize("set_by", ["environment", pytest.param("launcher", marks=pytest.mark.slow)])
 def test_one_process_in_place_of_several_is_noticed(set_by):
     """The launcher sets MASTER_ADDR for its child if several processes were requested.
 

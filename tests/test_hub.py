@@ -260,7 +260,9 @@ def requests_of_a_push(model) -> list[str]:
         return server.requests
 
 
-@pytest.mark.parametrize("how", [500, 429, 503, "cut"])
+@pytest.mark.parametrize(
+    "how", [500, "cut", pytest.param(429, marks=pytest.mark.slow), pytest.param(503, marks=pytest.mark.slow)]
+)
 def test_broken_at_every_request_in_turn(server, model, how, monkeypatch):
     """After one failure the push recovers. The folder and the repository end as if nothing had failed."""
     count, before = len(requests_of_a_push(model)), digest(model)

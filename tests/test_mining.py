@@ -292,6 +292,7 @@ def test_recipe_reads_a_retrieval_folder(files):
     assert set(rows[0]["negatives"]) == {"a dog", "much rain", "one house", "the river", "some bread"}
 
 
+@pytest.mark.slow
 def test_recipe_says_what_is_missing(files):
     words = command(files, "out.jsonl", "--retrieval_dir", "x")
     done = subprocess.run(words, capture_output=True, text=True, timeout=100)

@@ -147,6 +147,7 @@ def test_a_short_file_has_both_stages(sentences):
     assert short == pytest.approx(min(6000, sentences * 10 * 2 / 3), abs=20) and long > short / 4
 
 
+@pytest.mark.slow
 def test_a_language_model_is_better_than_word_frequencies(train, tmp_path):
     """The loss falls below the loss of a model that knows only the frequencies of the word pieces and ignores the context."""
     folder = tmp_path / "out"

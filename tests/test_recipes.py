@@ -286,6 +286,7 @@ def test_help(path, monkeypatch, capsys):
     assert end.value.code == 0 and "usage: " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line(tmp_path, files, small_disk):
     out = small_disk("size=8k")
     (out / "other").write_bytes(b"a" * 8192)
