@@ -9,7 +9,7 @@ import ast
 import re
 from typing import Any
 
-from griffe import Attribute, Docstring, ExprCall, Extension, Object
+from griffe import Attribute, Docstring, ExprCall, Extension, Function, Object
 
 JOINT = re.compile(r"^(?P<indent> +)(?P<names>\w+(?:, \w+)+): (?P<text>.*(?:\n(?P=indent) +.*)*)", re.MULTILINE)
 
@@ -18,17 +18,24 @@ class Docstrings(Extension):
     """Rewrite docstrings before they are parsed."""
 
     def on_object(self, *, obj: Object, **kwargs: Any) -> None:
-        """Split the entries of a class or function that describe several parameters."""
+        """Split the entries of a class or function that describe several parameters, and show defaults of settings."""
         if obj.docstring and (obj.is_class or obj.is_function):
             obj.docstring.value = JOINT.sub(split, obj.docstring.value)
+        for parameter in obj.parameters if isinstance(obj, Function) else ():  # also of the __init__ of a dataclass
+            if is_setting(parameter.default):
+                parameter.default = parameter.default.arguments[0]
 
     def on_attribute(self, *, attr: Attribute, **kwargs: Any) -> None:
         """Give a field of a dataclass its help text as docstring, and show its default in place of the call of `setting`."""
-        called = isinstance(attr.value, ExprCall) and str(attr.value.function) == "setting"
-        if called and attr.docstring is None:
+        if is_setting(attr.value) and attr.docstring is None:
             default, text = attr.value.arguments[:2]
             attr.docstring, attr.value = Docstring(help_text(str(text)), parent=attr), default
             attr.labels.clear()
+
+
+def is_setting(value: object) -> bool:
+    """Return whether an expression is a call of `setting`, whose first arguments are the default and the help text."""
+    return isinstance(value, ExprCall) and str(value.function) == "setting"
 
 
 def split(entry: re.Match[str]) -> str:
