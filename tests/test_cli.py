@@ -55,6 +55,7 @@ def parse(tmp_path):
         # BUG: Norwegian was left out of the card, and in a list it was "False".
         ("language: no", "language", ["no"]),
         ("language: [da, no, sv]", "language", ["da", "no", "sv"]),
+        ("dataset_name: a/b\ndataset_config: no", "dataset_config", "no"),  # the Norwegian part of a dataset
         ("temp_scale: off", "temp_scale", None),
         ("eval_sts_file: no", "eval_sts_file", []),
         # BUG: False became the text "False", which was taken for a folder.

@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 FROM_HAND = "trust_remote_code"  # a permission that the user must give on the command line, never in a file
 SWITCHES = (string_to_bool, caching_mode)  # the types of flags that are true or false
-SAYS_NO = ("dropout", "language", "report_to")  # flags for which "no" is not the same as no value
+SAYS_NO = ("dataset_config", "dropout", "language", "report_to")  # flags for which "no" is not the same as no value
 # Names of flags in other programs, and our names for them. difflib would suggest no flag, or a wrong one.
 ELSEWHERE = {
     "batch_size": "per_device_train_batch_size",
