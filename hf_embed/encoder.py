@@ -39,7 +39,7 @@ from hf_embed.forward_check import check_kernel, measure
 from hf_embed.packed_attention import CannotPack
 from hf_embed.packing import Numbering, Packable, Packing, place_of, precision, ways_to_pack
 from hf_embed.pooling import POOLINGS, Dense, check_pooling, states_to_pool
-from hf_embed.tempscale.attention import apply_stated, base_of
+from hf_embed.tempscale.attention import applied_tempscale, apply_stated, base_of
 from hf_embed.text_models import attend_fully, check_max_length, is_remote, text_encoder, with_padding, without_head
 from hf_embed.vectors import SIMILARITIES, Compare, Vectors, as_floats, as_matrix, check_widths, precision_of, quantize
 
@@ -125,13 +125,19 @@ class Encoder(nn.Module):
     def check_forward(self) -> None:
         """Check that training and inference compute the same function, and measure it; see `hf_embed.forward_check`."""
         self.width, self.positions, self.packable = measure(self)
-        self.checked_at = place_of(self.base)
+        self.checked = self._what_is_checked()
 
-    def check_place(self) -> None:
-        """Check again if the model has moved to a device of another kind, or has another attention, since the last check."""
+    def check_changed(self) -> None:
+        """Check the forward pass again if something that it depends on has changed since the last check."""
         check_kernel(self.backbone, self.device)
-        if self.checked_at != place_of(self.base):
+        if self.checked != self._what_is_checked():
             self.check_forward()
+
+    def _what_is_checked(self) -> tuple[Any, ...]:
+        """Return what the check depends on: attention, device, precision, TempScale, layers, pooling, size of the tokenizer."""
+        layers = [type(module) for module in self.modules()]
+        scale = applied_tempscale(self.base)
+        return *place_of(self.base), self.dtype, scale, layers, self.pooling, len(self.tokenizer)
 
     @property
     def base(self) -> PreTrainedModel:
@@ -348,7 +354,7 @@ class Encoder(nn.Module):
         with evaluating(self):
             encoders = on_devices(self, device)
             for encoder in encoders:
-                encoder.check_place()
+                encoder.check_changed()
             if listed:
                 kept_on = self.device if convert_to_tensor else torch.device("cpu")
                 vectors = encode_by_length(encoders, tokenize, embed, listed, batch_size, kept_on, bool(show_progress_bar))

@@ -170,7 +170,7 @@ class ContrastiveTrainer(GuardedTrainer):
         adapted = self.sharded and has_adapters(self.encoder.backbone)
         self.unsharded = without_weights(self.encoder.backbone) if adapted else None  # adapters are merged into a copy of it
         check_kernel(self.encoder.backbone, args.device)
-        self.encoder.check_forward()  # again, now that the model is on its device and has its adapters and TempScale
+        self.encoder.check_changed()  # now that the model is on its device and has its adapters and TempScale
         self.compute_metrics = cast(Any, compute_metrics)
         self.temperature: Tensor | None = None  # the learned temperature at the last step
         if self.is_world_process_zero() and logger.isEnabledFor(logging.INFO):
