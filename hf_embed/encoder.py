@@ -129,7 +129,6 @@ class Encoder(nn.Module):
 
     def check_changed(self) -> None:
         """Check the forward pass again if something that it depends on has changed since the last check."""
-        check_kernel(self.backbone, self.device)
         if self.checked != self._what_is_checked():
             self.check_forward()
 
@@ -354,6 +353,7 @@ class Encoder(nn.Module):
         with evaluating(self):
             encoders = on_devices(self, device)
             for encoder in encoders:
+                check_kernel(encoder.backbone, encoder.device)
                 encoder.check_changed()
             if listed:
                 kept_on = self.device if convert_to_tensor else torch.device("cpu")

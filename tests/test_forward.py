@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import error_of, small_tokenizer, tiny_model
 from numpy.testing import assert_allclose
+from peft import LoraConfig, get_peft_model
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForTextEncoding,
@@ -57,8 +58,8 @@ from transformers import (
     XLNetModel,
 )
 
-from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder
-from hf_embed.forward_check import differ, stated_positions
+from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, apply_tempscale
+from hf_embed.forward_check import differ, measure, stated_positions
 
 SMALL = {"vocab_size": 12000, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
          "pad_token_id": 0, "max_position_embeddings": 66}  # fmt: skip
@@ -400,3 +401,34 @@ def test_longrope_is_used_up_to_its_original_length():
     assert stated_positions(SimpleNamespace(max_position_embeddings=160, rope_parameters=dynamic)) == 160
     texts = ["the old lighthouse keeper wrote about the sea " * 9, "the ships and storms"]
     assert_allclose(encoder.encode(texts)[1], encoder.encode(texts[1:])[0], rtol=1e-4, atol=1e-5)
+
+
+def add_adapters(encoder: Encoder) -> None:
+    encoder.backbone = get_peft_model(encoder.backbone, LoraConfig(target_modules=["query"]))
+
+
+def remove_layer(encoder: Encoder) -> None:
+    encoder.base.encoder.layer = encoder.base.encoder.layer[:2]
+
+
+@pytest.mark.parametrize(
+    "change, checks",
+    [
+        (lambda encoder: None, 0),
+        (lambda encoder: torch.nn.init.zeros_(encoder.base.encoder.layer[0].output.dense.weight), 0),
+        (lambda encoder: apply_tempscale(encoder.backbone, 0.8), 1),
+        (lambda encoder: encoder.bfloat16(), 1),
+        (lambda encoder: encoder.tokenizer.add_tokens(["lighthouse"]), 1),
+        (lambda encoder: setattr(encoder, "pooling", "cls"), 1),
+        (add_adapters, 1),
+        (remove_layer, 1),
+    ],
+    ids=["nothing", "weights", "TempScale", "precision", "tokenizer", "pooling", "adapters", "layers"],
+)
+def test_checked_again_only_after_a_change(monkeypatch, change, checks):
+    encoder, seen = encoder_of(tiny_model(vocab_size=3010)), []
+    monkeypatch.setattr("hf_embed.encoder.measure", lambda given: seen.append(given) or measure(given))
+    change(encoder)
+    encoder.encode("Rain.")
+    encoder.encode("Rain.")
+    assert seen == [encoder] * checks
