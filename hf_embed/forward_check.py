@@ -13,10 +13,11 @@ four ways:
 The same passes measure two numbers that configurations state under many names, or wrongly: the width of the vectors, and the
 number of tokens that the model has positions for.
 
-The check runs when an `Encoder` is created. It runs again in `ContrastiveTrainer` and in `encode` if the model has changed since:
-if it is on another kind of device, for example, or has adapters or TempScale now. It is skipped while the weights are not available: on FSDP ranks that still wait for them (the meta device), under ZeRO-3, and with flash
-attention before the model is on a GPU. Weights in half precision are checked in float32, if there is memory for it. Quantized
-weights are compared with the tolerance of bfloat16.
+The check runs when an `Encoder` is created. It runs again in `ContrastiveTrainer` and in `encode` if the model has changed
+since: if it is on another kind of device, for example, or has adapters or TempScale now. It is skipped while weights are not
+available: on FSDP ranks that still wait for them (the meta device), under ZeRO-3, and with flash attention before the model is
+on a GPU. Weights in half precision are checked in float32, if there is memory for it. Quantized weights are compared with the
+tolerance of bfloat16.
 
 Shapes: N texts of T tokens, D numbers per vector.
 """
