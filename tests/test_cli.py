@@ -219,8 +219,7 @@ def test_a_preset_applies_to_what_is_not_given(flags, temperature, tmp_path):
     if "--config" in flags:
         other.write_text(flags[1])
         flags = ["--config", str(other), *flags[2:]]
-    (settings,) = cli.parse([SimCSE], lambda given: None if "mlm_weight" in given else str(preset), flags)
-    assert settings.temperature == temperature
+    assert cli.read_flags([SimCSE], preset, ["mlm_weight"], flags).make(SimCSE).temperature == temperature
 
 
 def test_run_ends_in_one_line_and_code_2(capsys):
@@ -343,7 +342,7 @@ def test_a_preset_is_named_as_one(tmp_path):
     path = tmp_path / "preset.yaml"
     path.write_text("temperture: 0.1")
     expected = f"the recipe's preset {path}: unknown key 'temperture' (did you mean 'temperature'?)"
-    assert error_of(cli.read_flags, [SimCSE], lambda given: str(path), []) == expected
-    assert error_of(cli.read_flags, [SimCSE], None, ["--config", str(path)]) == expected.replace(
+    assert error_of(cli.read_flags, [SimCSE], path, argv=[]) == expected
+    assert error_of(cli.read_flags, [SimCSE], argv=["--config", str(path)]) == expected.replace(
         "the recipe's preset", "--config"
     )
