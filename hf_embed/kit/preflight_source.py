@@ -210,8 +210,7 @@ def equal_texts(ids: RowIds, whole: Ids) -> dict[str, np.ndarray]:
     again = repeated(whole.exact)
     found = {"duplicates": np.flatnonzero(again), "near_duplicates": np.flatnonzero(repeated(whole.plain) & ~again)}
     words = exact_ids(pyarrow.array(MISSING_WORDS))
-    owners = [np.arange(len(ids.origins))] * (1 if ids.positives is None else 2) + [ids.owners]
-    found["missing_word"] = np.unique(np.concatenate(owners)[np.isin(ids.everything("exact"), words)])
+    found["missing_word"] = np.unique(ids.row_of_each()[np.isin(ids.everything("exact"), words)])
     if ids.positives is not None:
         anchors, positives, negatives = ids.anchors.plain, ids.positives.plain, ids.negatives.plain
         found["positive_is_anchor"] = np.flatnonzero(anchors == positives)
@@ -340,9 +339,7 @@ def tokens_as_ids(subject: Subject, ids: RowIds) -> tuple[np.ndarray, np.ndarray
     chosen = np.sort(np.concatenate(variants))[:VARIANTS]
     wanted = exact[chosen]
     by_hash: dict[int, int] = {}
-    rows = len(ids.origins)
-    stated = [np.arange(rows), *([] if ids.positives is None else [np.arange(rows)]), ids.owners]
-    numbers = np.unique(ids.origins[np.concatenate(stated)[chosen]])
+    numbers = np.unique(ids.origins[ids.row_of_each()[chosen]])
     for texts in subject.texts(subject.rows.select(numbers)) if len(numbers) else []:
         everything = texts.everything()
         hashes = exact_ids(everything)
