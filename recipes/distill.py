@@ -10,7 +10,7 @@ run replaces). docs/guides/scores_and_teachers.md explains the objectives and th
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from hf_embed import InputError
 from hf_embed.kit.cli import Flags, run, setting
@@ -30,7 +30,7 @@ from hf_embed.kit.plan import (
 )
 from hf_embed.kit.report import report
 from hf_embed.kit.seeds import train_each_seed
-from hf_embed.objectives import OBJECTIVES, Objective
+from hf_embed.objectives import OBJECTIVES
 
 CONFIG = Path(__file__).with_name("configs") / "distill_quickstart.yaml"  # settings for the built-in models
 CHOICES: dict[str, type] = {name: OBJECTIVES[name] for name in ("VectorDistillation", "TeacherKL", "MarginMSE")}
@@ -54,19 +54,18 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     return train_each_seed(flags, read_plan, train)
 
 
-def read_objective(flags: Flags) -> Objective:
-    """Make the chosen objective. Refuse flags of the others, which would have no effect."""
-    chosen = flags.values["objective"]
-    for name, own in [(name, own.name) for name, kind in CHOICES.items() if name != chosen for own in fields(kind)]:
-        if own in flags.given:
-            raise InputError(f"--{own} is a setting of {name}, but --objective is {chosen}; remove the flag")
-    return cast(Objective, flags.make(CHOICES[chosen]))
-
-
 def read_plan(flags: Flags) -> Plan:
-    """Read the training rows and the evaluation sets."""
-    objective, rows = read_objective(flags), read_rows(flags, built_in="sentences.txt")
-    return make_plan(flags, objective, rows, read_evaluation(flags, built_in="sts.tsv"))
+    """Make the chosen objective, and read the training rows and the evaluation sets.
+
+    Flags of the other objectives are refused, because they would have no effect.
+    """
+    chosen = flags.values["objective"]
+    for name, kind in CHOICES.items():
+        if name != chosen and (wrong := [own.name for own in fields(kind) if own.name in flags.given]):
+            raise InputError(f"--{wrong[0]} is a setting of {name}, but --objective is {chosen}; remove the flag")
+    rows = read_rows(flags, built_in="sentences.txt")
+    tasks = read_evaluation(flags, built_in="sts.tsv")
+    return make_plan(flags, flags.make(CHOICES[chosen]), rows, tasks)
 
 
 def train(plan: Plan) -> dict[str, Any]:
