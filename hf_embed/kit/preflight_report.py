@@ -276,7 +276,6 @@ def columns_lines(sources: Mapping[str, Report]) -> list[str]:
         columns = ", ".join(f"{column} as {role}" if column != role else column for column, role in source["columns"].items())
         parts = [f"{name}: {columns}"]
         parts += [f"not used: {', '.join(source['unused'])}"] if source["unused"] else []
-        parts += ["with a byte-order mark"] if source["byte_order_mark"] else []
         if "labels" in source:
             labels = ", ".join(f"{label} {count:,}" for label, count in source["labels"].items())
             parts.append(f"labeled pairs ({labels}) make {source['training_rows']:,} rows")
