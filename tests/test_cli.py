@@ -318,25 +318,6 @@ def test_flags_are_overridden_and_not_changed(tmp_path):
     assert "temperature is -1.0" in error_of(flags.override(temperature=-1.0).make, SimCSE)
 
 
-def test_a_field_that_two_dataclasses_have_is_refused():
-    @dataclass
-    class Mine:
-        max_length: int = 3
-
-    message = error_of(cli.read_flags, [Mine, ContrastiveTrainingArguments], argv=[])
-    assert message.startswith("two of Mine, ContrastiveTrainingArguments define the same field (")
-    assert message.endswith("); rename one")
-    assert "--max_length" in message and "\n" not in message
-
-
-def test_a_class_without_fields_is_refused():
-    class Mine:
-        weight: float = 1.0
-
-    expected = "Mine is not a dataclass, so it defines no flags; add @dataclass above the class"
-    assert error_of(cli.read_flags, [Mine], argv=[]) == expected
-
-
 def test_a_preset_is_named_as_one(tmp_path):
     """The message names the preset, because the user may not have given a --config."""
     path = tmp_path / "preset.yaml"

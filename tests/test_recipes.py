@@ -285,15 +285,6 @@ def test_a_recipe_prints_the_line_and_exits_2(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("[!_]*.py")), ids=lambda path: path.stem)
-def test_help(path, monkeypatch, capsys):
-    module = load_recipe(path.stem)
-    monkeypatch.setattr(sys, "argv", [path.name, "--help"])
-    with pytest.raises(SystemExit) as end:
-        module.main()
-    assert end.value.code == 0 and "usage: " in capsys.readouterr().out
-
-
 @pytest.mark.slow
 def test_a_full_disk_is_one_line(tmp_path, files, small_disk):
     out = small_disk("size=8k")

@@ -67,12 +67,7 @@ class Parser(HfArgumentParser):
     """A parser for the flags of dataclasses. It raises InputError for a user's mistake."""
 
     def __init__(self, kinds: Sequence[type]):
-        try:
-            super().__init__([flag_class(kind) for kind in kinds], allow_abbrev=False)
-        except argparse.ArgumentError as error:
-            raise InputError(
-                f"two of {', '.join(kind.__name__ for kind in kinds)} define the same field ({error}); rename one"
-            ) from error
+        super().__init__([flag_class(kind) for kind in kinds], allow_abbrev=False)
         self.actions = {option[2:]: action for action in parser_actions(self) for option in action.option_strings}
         self.kinds = list(kinds)
         for action in self.actions.values():
@@ -230,8 +225,6 @@ def flag_class(kind: type) -> Any:
         {"positional": True}      the value may come first on the command line, without the flag
         {"metavar": "FOLDER"}     the name of the value in messages
     """
-    if not dataclasses.is_dataclass(kind):
-        raise InputError(f"{kind.__name__} is not a dataclass, so it defines no flags; add @dataclass above the class")
     hints, fields = get_type_hints(kind), []
     for field in dataclasses.fields(kind):
         annotation, read = hints[field.name], copy.copy(field)  # a copy, because the parser changes it

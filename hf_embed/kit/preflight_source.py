@@ -179,11 +179,9 @@ def check_source(subject: Subject, settings: Settings) -> tuple[dict[str, Any], 
     if len(ids.origins) < 2 and not found["empty"]["count"] and "first_rows_of_a_stream" not in found:
         raise too_few_rows(len(ids.origins), subject.where)
     found |= {name: numbered(ids.origins[places]) for name, places in equal_texts(ids, whole).items()}
-    size = (
-        min(SAMPLE, 1 + CHARACTERS * len(subject.rows) // max(1, ids.characters))
-        if settings.sample is None
-        else settings.sample
-    )
+    size = settings.sample
+    if size is None:
+        size = min(SAMPLE, 1 + CHARACTERS * len(subject.rows) // max(1, ids.characters))
     found["sample"] = check_sample(subject, size)
     found["batches"] = check_batches(subject, ids, settings) if subject.in_batch and len(ids.origins) > 1 else []
     return found, whole, ids
