@@ -8,8 +8,11 @@ import importlib.util
 import multiprocessing
 import os
 import sys
+import traceback
 from pathlib import Path
 from types import ModuleType, TracebackType
+
+from hf_embed.errors import masked
 
 CONSOLE = "hf-embed"  # the command that setup.cfg defines
 PACKAGE = "hf_embed.recipes"
@@ -58,9 +61,12 @@ def is_first_process() -> bool:
 
 
 def show_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Print an error that nothing has caught. For Ctrl-C, print one line, because its traceback is of no interest."""
+    """Print an error that nothing has caught, without the secrets in URLs.
+
+    For Ctrl-C, print one line, because its traceback is of no interest.
+    """
     if not issubclass(kind, KeyboardInterrupt):
-        sys.__excepthook__(kind, error, trace)
+        print(masked("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
     elif is_first_process():
         print("interrupted", file=sys.stderr, flush=True)
 

@@ -285,3 +285,8 @@ def was_split(rows: datasets.IterableDataset) -> bool:
 def parser_actions(parser: argparse.ArgumentParser) -> list[argparse.Action]:
     """Return all flags of a parser."""
     return parser._actions
+
+
+def values_of_words(parser: argparse.ArgumentParser, action: argparse.Action, words: list[str]) -> Any:
+    """Return the value of a flag that these words follow. Raises argparse.ArgumentError if the flag does not accept them."""
+    return parser._get_values(action, words)

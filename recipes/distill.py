@@ -10,7 +10,7 @@ run replaces). docs/guides/scores_and_teachers.md explains the objectives and th
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 from hf_embed import InputError
 from hf_embed.kit.cli import Flags, run, setting
@@ -30,50 +30,50 @@ from hf_embed.kit.plan import (
 )
 from hf_embed.kit.report import report
 from hf_embed.kit.seeds import train_each_seed
-from hf_embed.objectives import MarginMSE, Objective, TeacherKL, VectorDistillation
+from hf_embed.objectives import OBJECTIVES
 
 CONFIG = Path(__file__).with_name("configs") / "distill_quickstart.yaml"  # settings for the built-in models
-OBJECTIVES: dict[str, type] = {"VectorDistillation": VectorDistillation, "TeacherKL": TeacherKL, "MarginMSE": MarginMSE}
+CHOICES: dict[str, type] = {name: OBJECTIVES[name] for name in ("VectorDistillation", "TeacherKL", "MarginMSE")}
 
 
 @dataclass
 class DistillArguments:
     """The choice of the objective."""
 
-    objective: Literal["VectorDistillation", "TeacherKL", "MarginMSE"] = setting(
-        "VectorDistillation", "Learn the teacher's vectors, or its scores of candidates."
+    objective: str = setting(
+        "VectorDistillation", "Learn the teacher's vectors, or its scores of candidates.", choices=list(CHOICES)
     )
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Train once, or once with each of `--seeds`, and return the content of results.json."""
-    flags = read_flags([DistillArguments, *OBJECTIVES.values()], CONFIG, argv=argv)
+    flags = read_flags([DistillArguments, *CHOICES.values()], CONFIG, argv=argv)
     if uses_quickstart(flags) and not flags.values["teacher"]:
         flags = flags.override(teacher=str(QUICKSTART / "encoder"))
     flags = settle_quickstart(settle_model(flags, LANGUAGE_MODEL), "distill")
     return train_each_seed(flags, read_plan, train)
 
 
-def read_objective(flags: Flags) -> Objective:
-    """Make the chosen objective. Refuse flags of the others, which would have no effect."""
-    chosen = flags.values["objective"]
-    for name, own in [(name, own) for name, kind in OBJECTIVES.items() if name != chosen for own in fields(kind)]:
-        if own.name in flags.given:
-            raise InputError(f"--{own.name} is a setting of {name}, but --objective is {chosen}; remove the flag")
-    return cast(Objective, flags.make(OBJECTIVES[chosen]))
-
-
 def read_plan(flags: Flags) -> Plan:
-    """Read the training rows and the evaluation sets."""
-    objective, rows = read_objective(flags), read_rows(flags, built_in="sentences.txt")
-    return make_plan(flags, objective, rows, read_evaluation(flags, built_in="sts.tsv"))
+    """Make the chosen objective, and read the training rows and the evaluation sets.
+
+    Flags of the other objectives are refused, because they would have no effect.
+    """
+    chosen = flags.values["objective"]
+    for name, kind in CHOICES.items():
+        if name != chosen and (wrong := [own.name for own in fields(kind) if own.name in flags.given]):
+            raise InputError(f"--{wrong[0]} is a setting of {name}, but --objective is {chosen}; remove the flag")
+    rows = read_rows(flags, built_in="sentences.txt")
+    tasks = read_evaluation(flags, built_in="sts.tsv")
+    return make_plan(flags, flags.make(CHOICES[chosen]), rows, tasks)
 
 
 def train(plan: Plan) -> dict[str, Any]:
     """Load the model, train and save it, and score it before and after the training."""
     trainer = make_trainer(plan, load_model(plan))
     before = score_model(trainer)
-    return report(plan, trainer, before, fine_tune(plan, trainer))
+    fine_tune(plan, trainer)
+    return report(plan, trainer, before)
 
 
 if __name__ == "__main__":

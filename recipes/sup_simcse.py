@@ -45,8 +45,8 @@ def train(plan: Plan) -> dict[str, Any]:
     """Load the model, train and save it, and score it before and after the training."""
     trainer = make_trainer(plan, load_model(plan))
     before = score_model(trainer)
-    trained = fine_tune(plan, trainer)
-    return report(plan, trainer, before, trained)
+    fine_tune(plan, trainer)
+    return report(plan, trainer, before)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,12 @@ import json
 import os
 import pkgutil
 import re
+import runpy
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import doc_blocks
@@ -29,10 +31,10 @@ from worker import WORDS
 import hf_embed
 from hf_embed import ContrastiveTrainingArguments
 from hf_embed.kit import command
-from hf_embed.kit.flags_page import parser_of
 from hf_embed.tempscale import registry
 
 NOTEBOOK = ROOT / "docs" / "quickstart.ipynb"
+SITE_FLAGS = SimpleNamespace(**runpy.run_path(str(ROOT / "docs" / "site_flags.py")))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = {page: blocks_of(page) for page in page_names()}
 # Replacements in the code of the pages: local files instead of the Hub's models and datasets, and fewer training steps.
@@ -195,7 +197,7 @@ def commands_of(page: str) -> list[list[str]]:
 
 @functools.cache
 def flags_of(recipe: str) -> set[str]:
-    _, parser = parser_of(ROOT / "recipes" / f"{recipe}.py")
+    _, parser = SITE_FLAGS.parser_of(ROOT / "recipes" / f"{recipe}.py")
     return parser.names() | {"config", "help"} | {f"no_{name}" for name in parser.names()}
 
 

@@ -109,10 +109,10 @@ def test_held_out_is_by_module():
 
 
 def test_sources_are_read_by_the_recipes(tmp_path):
-    counts = write_sources(tmp_path / "data", ("hf_embed", "accelerate", "absent_package"))
+    counts = write_sources(tmp_path / "data", ("evaluate", "accelerate", "absent_package"))
     assert counts["packages"] == 2 and counts["sources"] == 6
     sources = read_sources(str(tmp_path / "data" / "sources.yaml"))
-    names = {f"{p}.{kind}" for p in ("hf_embed", "accelerate") for kind in ("body", "name", "code")}
+    names = {f"{p}.{kind}" for p in ("evaluate", "accelerate") for kind in ("body", "name", "code")}
     assert len(sources) == 6 and {source.name for source in sources} == names
     assert sum(source.size for source in sources) == counts["pairs"]
     trained = {text for source in sources for row in source.rows for text in row.values()}

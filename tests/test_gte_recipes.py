@@ -15,7 +15,7 @@ import pytest
 import yaml
 from conftest import error_of, tiny_encoder
 from safetensors.torch import load_file
-from test_recipes import QUIET, RECIPES, load_recipe, recipe
+from test_recipes import QUIET, RECIPES, load_recipe
 from worker import WORDS
 
 from hf_embed import ContrastiveTrainingArguments, Encoder, ImprovedContrastive
@@ -113,7 +113,7 @@ def test_offline_pretrain_then_finetune(tmp_path, offline, capsys, monkeypatch):
     offline("gte_finetune", "--max_steps", 1)
 
 
-def test_run_on_sources(files):
+def test_run_on_sources(files, monkeypatch):
     results = gte(*flags(files, "out", "--eval_strategy", "steps", "--eval_steps", 1, "--save_steps", 1, "--logging_steps", 1,
                          "--load_best_model_at_end"))  # fmt: skip
     assert set(results["after"]) == {"retrieval", "zero_shot"}
@@ -126,10 +126,10 @@ def test_run_on_sources(files):
     assert {"eval_r_recall@10", "eval_z_accuracy", "eval_accuracy"} <= {key for log in history for key in log}
     assert {"loss_a", "loss_b"} & {key for log in history for key in log}
     assert "nDCG@10" in (files / "out" / "README.md").read_text()
-    done = recipe("evaluate.py", "--model_name_or_path", files / "out", "--eval_retrieval_dir", f"r={files / 'beir'}",
-                  "--eval_zero_shot", f"z={files / 'labels.tsv'}", "--eval_code_search", "c=hf_embed",
-                  "--output_dir", files / "scores")  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    words = ["--model_name_or_path", files / "out", "--eval_retrieval_dir", f"r={files / 'beir'}", "--eval_zero_shot",
+             f"z={files / 'labels.tsv'}", "--eval_code_search", "c=evaluate", "--output_dir", files / "scores"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
+    load_recipe("evaluate").main()
     scores = json.loads((files / "scores" / "results.json").read_text())
     assert scores["retrieval"]["r"]["ndcg@10"] == pytest.approx(results["after"]["retrieval"]["r"]["ndcg@10"], abs=0.01)
     assert scores["zero_shot"]["z"] == results["after"]["zero_shot"]["z"] and "c" in scores["retrieval"]

@@ -1,20 +1,22 @@
 """Tests of --help of every recipe, of positional arguments, and of docs/flags.md."""
 
 import re
+import runpy
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import error_of
 
 from hf_embed import ContrastiveTrainingArguments, SimCSE
 from hf_embed.kit import cli
-from hf_embed.kit.flags_page import own_recipes, page, parser_of
 from hf_embed.kit.help import CONFIG, HELP, TRAINER, USUAL, sections
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("[!_]*.py"))
+SITE_FLAGS = SimpleNamespace(**runpy.run_path(str(ROOT / "docs" / "site_flags.py")))
 
 
 @dataclass
@@ -123,7 +125,7 @@ def test_the_flags_of_trainer_come_last(capsys):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_flag_has_a_text(path):
-    _, parser = parser_of(path)
+    _, parser = SITE_FLAGS.parser_of(path)
     flags = [flag for section in sections(parser.kinds, parser.actions, full=True) for flag in section.flags]
     assert [flag.call for flag in flags if not re.sub(r"^\(.*\)$", "", flag.text.strip())] == []
     seen = {call.removeprefix("--") for flag in flags for call in re.findall(r"--\w+", flag.call)}
@@ -142,18 +144,9 @@ def test_help_shows_the_docstring_of_the_recipe(capsys, monkeypatch):
     assert "\n\nPush.\n\n    hf-embed push a b\n\nFlags of" in shown(capsys, [Words], "--help")
 
 
-def test_the_page_is_of_the_recipes_beside_the_package(tmp_path, monkeypatch):
-    """BUG: in a clone, the page showed the flags of the installed recipes instead of those in the clone."""
-    monkeypatch.setattr("hf_embed.kit.flags_page.recipes_folder", lambda: tmp_path / "installed")
-    monkeypatch.setattr("hf_embed.__file__", str(ROOT / "hf_embed" / "__init__.py"))
-    assert own_recipes() == ROOT.resolve() / "recipes"
-    monkeypatch.setattr("hf_embed.__file__", str(tmp_path / "hf_embed" / "__init__.py"))
-    assert own_recipes() == tmp_path / "installed"
-
-
 def test_the_page_is_up_to_date():
-    """The command `python -m hf_embed.kit.flags_page > docs/flags.md` writes the page."""
-    made = page(ROOT / "recipes")
+    """The command `python docs/site_flags.py > docs/flags.md` writes the page."""
+    made = SITE_FLAGS.page(ROOT / "recipes")
     assert (ROOT / "docs" / "flags.md").read_text(encoding="utf-8") == made
     assert all(f"## {path.stem.replace('_', '-')}" in made for path in RECIPES)
     assert str(ROOT) not in made and str(Path.home()) not in made

@@ -367,6 +367,19 @@ def test_parser_actions():
     assert internals.parser_actions(parser) == [flag]
 
 
+def test_values_of_words():
+    parser = argparse.ArgumentParser()
+    one, several = (
+        parser.add_argument("--one", type=int, choices=[3, 5]),
+        parser.add_argument("--several", nargs="+", type=float),
+    )
+    assert internals.values_of_words(parser, one, ["3"]) == 3
+    assert internals.values_of_words(parser, several, ["1e-5", "-2"]) == [1e-5, -2.0]
+    for word in ("x", "4"):
+        with pytest.raises(argparse.ArgumentError, match="argument --one: invalid"):
+            internals.values_of_words(parser, one, [word])
+
+
 # ---- private names are used in no other module ----
 
 

@@ -376,15 +376,15 @@ def run(*argv) -> dict:
     return RECIPE.main([str(word) for word in argv])
 
 
-def test_columns_and_a_byte_order_mark(tmp_path, capsys):
+def test_columns_of_a_file(tmp_path, capsys):
     path = write(
         tmp_path / "mine.csv", [["id", "sent0", "sent1", "hard_neg"], [1, "a", "b", "c"], [2, "d", "e", "f"]], "utf-8-sig"
     )
     source = run(path, "--batch_size", 2)["sources"]["mine.csv"]
     assert source["columns"] == {"sent0": "anchor", "sent1": "positive", "hard_neg": "negative"}
-    assert source["unused"] == ["id"] and source["byte_order_mark"] is True and source["from"] == str(path)
+    assert source["unused"] == ["id"] and source["from"] == str(path)
     shown = capsys.readouterr().out
-    assert "mine.csv: sent0 as anchor, sent1 as positive, hard_neg as negative; not used: id; with a byte-order mark" in shown
+    assert "mine.csv: sent0 as anchor, sent1 as positive, hard_neg as negative; not used: id" in shown
     source = run(path, "--columns", "anchor=sent1", "positive=hard_neg")["sources"]["mine.csv"]
     assert source["columns"] == {"anchor": "anchor", "positive": "positive"}
 

@@ -126,7 +126,7 @@ def test_a_damaged_checkpoint_is_refused(train, tmp_path, monkeypatch):
         (["--objective", "mlm", "--teacher_layer", 3], "--objective mlm uses no teacher; remove --teacher_layer"),
         (["--objective", "mlm", "--vocab_size", 10], "--vocab_size is 10, but the letters of this text alone need"),
         (["--objective", "mlm", "--batch_tokens", 10**6], "give more text, or a smaller --batch_tokens"),
-        (["--objective", "mlm", "--max_length", 2], "max_length is 2; it must be at least 64"),
+        (["--objective", "mlm", "--max_length", 2], "max_length is 2; it must be at least 64 and whole"),
     ],
 )
 def test_flags_that_do_not_fit(train, tmp_path, words, message):
@@ -169,7 +169,7 @@ def test_ranks_share_a_batch(monkeypatch):
     texts = [f"{word} is a word that someone may know" for word in WORDS]
     tokenizer = masked_lm.train_tokenizer(texts, 200, 64)
     args = pretraining.PretrainArguments("f", "o", "mlm", hidden_size=24, num_layers=1, num_heads=2, max_length=64)
-    model = masked_lm.new_model(args, tokenizer).double().eval()
+    model = BertForMaskedLM(args.bert_config(len(tokenizer))).double().eval()
     input_ids = masked_lm.sequences(masked_lm.token_stream(tokenizer, texts), 16, np.arange(7), tokenizer.cls_token_id)
 
     def loss_and_gradient(rank: int, ranks: int) -> tuple[float, torch.Tensor]:

@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -78,7 +79,16 @@ def flags(files, *more) -> list:
 @pytest.mark.parametrize("setup", [SUP, pytest.param(UNSUP, marks=pytest.mark.slow)], ids=["sup", "unsup"])
 def test_quickstart_without_data(tmp_path, monkeypatch, capsys, setup):
     monkeypatch.chdir(tmp_path)
-    argv = [*QUIET, "--eval_strategy", "no", "--load_best_model_at_end", "false", "--max_steps"]
+    argv = [
+        *QUIET,
+        "--eval_strategy",
+        "no",
+        "--load_best_model_at_end",
+        "false",
+        "--per_device_train_batch_size",
+        "8",
+        "--max_steps",
+    ]
     results = setup.main([*argv, "2"])
     folder = tmp_path / "outputs" / "quickstart"
     assert json.loads((folder / "results.json").read_text()) == results
@@ -207,12 +217,11 @@ def test_mlm_auxiliary_from_the_command_line(tmp_path, files, pooling):
 
 def test_sigkill_and_resume_end_bit_for_bit(tmp_path, files):
     """The run is killed in the middle of an epoch by a signal that no process can catch."""
-    settings = [*QUIET, *flags(files), "--num_train_epochs", "5", "--save_steps", "4", "--logging_steps", "1"]
+    settings = [*flags(files), "--num_train_epochs", 5, "--save_steps", 4, "--logging_steps", 1, "--output_dir"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    command = [sys.executable, str(RECIPES / "sup_simcse.py"), *map(str, settings), "--output_dir"]
-    assert subprocess.run([*command, str(whole)], capture_output=True, timeout=300).returncode == 0
-
-    process = subprocess.Popen([*command, str(killed)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [sys.executable, RECIPES / "sup_simcse.py", *QUIET, *settings, killed]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as in the process of the tests: sums are rounded in the same way
+    process = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=one_thread)
     deadline = time.time() + 120
     while not (killed / "checkpoint-4" / "trainer_state.json").exists() and time.time() < deadline:
         time.sleep(0.002)
@@ -220,12 +229,10 @@ def test_sigkill_and_resume_end_bit_for_bit(tmp_path, files):
     assert process.wait() == -signal.SIGKILL
     for later in killed.glob("checkpoint-*"):  # remove what the process wrote after step 4, before the signal arrived
         if later.name != "checkpoint-4":
-            for file in sorted(later.rglob("*"), reverse=True):
-                file.unlink() if file.is_file() else file.rmdir()
-            later.rmdir()
+            shutil.rmtree(later)
     assert not (killed / "model.safetensors").exists()
-    done = subprocess.run([*command, str(killed), "--resume_from_checkpoint"], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+    sup(*settings, killed, "--resume_from_checkpoint")
+    sup(*settings, whole)
     a, b = load_file(whole / "model.safetensors"), load_file(killed / "model.safetensors")
     assert all(np.array_equal(a[name], b[name]) for name in a)
     start = load_file(files["model"] / "model.safetensors")
@@ -270,20 +277,12 @@ def test_bad_input_ends_in_one_line_and_loses_nothing(tmp_path, monkeypatch, fil
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_a_recipe_prints_the_line_and_exits_2(tmp_path):
     done = recipe("sup_simcse.py", "--train_file", "absent.csv", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("error: absent.csv: this file does not exist")
     assert "Traceback" not in done.stderr
-
-
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("[!_]*.py")), ids=lambda path: path.stem)
-def test_help(path, monkeypatch, capsys):
-    module = load_recipe(path.stem)
-    monkeypatch.setattr(sys, "argv", [path.name, "--help"])
-    with pytest.raises(SystemExit) as end:
-        module.main()
-    assert end.value.code == 0 and "usage: " in capsys.readouterr().out
 
 
 @pytest.mark.slow

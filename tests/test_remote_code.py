@@ -107,7 +107,7 @@ def test_without_permission_nothing_runs(toy, ran, tmp_path, monkeypatch):
         message = error_of(sup, *argv(toy, tmp_path, *more))
         assert "set --trust_remote_code on the command line" in message
     message = error_of(add_positives, Dataset.from_dict({"text": TEXTS}), "mask_fill:0.2", model=str(toy))
-    assert "--trust_remote_code allows its own code to run" in message
+    assert "set --trust_remote_code on the command line" in message
     assert not ran.exists() and not (tmp_path / "out").exists()
 
 

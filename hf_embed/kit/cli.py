@@ -12,11 +12,10 @@ import re
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType
 from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import psutil
@@ -32,7 +31,7 @@ from hf_embed.distributed import warn_on_main_only
 from hf_embed.entry import CONSOLE, CPU_CONFIG, recipes_folder, show_error
 from hf_embed.errors import InputError, RankError, masked
 from hf_embed.kit.help import help_text, sections, usage
-from hf_embed.library_internals import parser_actions
+from hf_embed.library_internals import parser_actions, values_of_words
 from hf_embed.ranges import REQUIRED, setting  # noqa: F401 (recipes import both from here)
 from hf_embed.ranks import PATIENCE, peers_in_one_line
 from hf_embed.stop import Stopped
@@ -62,19 +61,13 @@ ELSEWHERE = {
 }
 
 Settings = TypeVar("Settings")
-Preset = Callable[[list[str]], str | None]
 
 
 class Parser(HfArgumentParser):
     """A parser for the flags of dataclasses. It raises InputError for a user's mistake."""
 
     def __init__(self, kinds: Sequence[type]):
-        try:
-            super().__init__([flag_class(kind) for kind in kinds], allow_abbrev=False)
-        except argparse.ArgumentError as error:
-            raise InputError(
-                f"two of {', '.join(kind.__name__ for kind in kinds)} define the same field ({error}); rename one"
-            ) from error
+        super().__init__([flag_class(kind) for kind in kinds], allow_abbrev=False)
         self.actions = {option[2:]: action for action in parser_actions(self) for option in action.option_strings}
         self.kinds = list(kinds)
         for action in self.actions.values():
@@ -134,11 +127,11 @@ class Flags:
     parser: Parser
     values: dict[str, Any]
     given: frozenset[str] = frozenset()  # the names of the flags that the user gives, on the command line or in a file
-    preset: str | None = None  # the recipe's own file of further defaults, if it applies
+    preset: Path | None = None  # the recipe's own file of further defaults, if it applies
 
     def make(self, kind: type[Settings]) -> Settings:
         """Make an instance of one of the dataclasses. Raises InputError if the dataclass refuses a value."""
-        names = [field.name for field in dataclasses.fields(flag_class(kind)) if field.init]
+        names = [field.name for field in dataclasses.fields(kind) if field.name in self.values]  # type: ignore[arg-type]
         try:
             return kind(**{name: copy.deepcopy(self.values[name]) for name in names})
         except InputError:
@@ -165,21 +158,23 @@ class Flags:
         return self.override(**converted)
 
 
-def parse(kinds: Sequence[type], preset: Preset | None = None, argv: list[str] | None = None) -> list[Any]:
+def parse(kinds: Sequence[type], argv: list[str] | None = None) -> list[Any]:
     """Read the command line, and make an instance of each dataclass. See `read_flags`."""
-    flags = read_flags(kinds, preset, argv)
+    flags = read_flags(kinds, argv=argv)
     return [flags.make(kind) for kind in kinds]
 
 
-def read_flags(kinds: Sequence[type], preset: Preset | None = None, argv: list[str] | None = None) -> Flags:
+def read_flags(
+    kinds: Sequence[type], preset: Path | None = None, unless: Sequence[str] = (), argv: list[str] | None = None
+) -> Flags:
     """Read the flags of the dataclasses `kinds` from the command line. Each field is a flag.
 
     `--config FILE.yaml` gives defaults, which replace those of a preset. A flag on the command line overrides both.
 
     Args:
         kinds: the dataclasses.
-        preset: a function from the names of the flags that the user gives, on the command line or in the file, to the YAML
-            file of further defaults. It returns None for no file.
+        preset: a YAML file of further defaults.
+        unless: names of flags. If the user gives one of them, on the command line or in the file, the preset is not used.
         argv: the words of the command line. Default: those of this process.
 
     Raises:
@@ -194,9 +189,10 @@ def read_flags(kinds: Sequence[type], preset: Preset | None = None, argv: list[s
     given = given_flags(argv)
     if config is not None:
         given += set_defaults(parser, config, f"--config {config}", given)
-    further = None if preset is None else preset(given)
-    if further is not None:
-        set_defaults(parser, further, f"the recipe's preset {further}", given)
+    if set(unless) & set(given):
+        preset = None
+    if preset is not None:
+        set_defaults(parser, str(preset), f"the recipe's preset {preset}", given)
     check_positionals(parser, argv)
     namespace, rest = parser.parse_known_args(argv)
     if rest:
@@ -205,7 +201,7 @@ def read_flags(kinds: Sequence[type], preset: Preset | None = None, argv: list[s
         if rest[0] in parser.actions:
             raise InputError(f"{rest[0]} has no dashes before it; give --{rest[0]} (--help lists the flags)")
         raise InputError(f"unknown flag {rest[0]}{parser.suggestion(rest[0].lstrip('-'))}; --help lists the flags")
-    return Flags(parser, {name: with_home(value) for name, value in vars(namespace).items()}, frozenset(given), further)
+    return Flags(parser, {name: with_home(value) for name, value in vars(namespace).items()}, frozenset(given), preset)
 
 
 def with_home(value: Any) -> Any:
@@ -229,8 +225,6 @@ def flag_class(kind: type) -> Any:
         {"positional": True}      the value may come first on the command line, without the flag
         {"metavar": "FOLDER"}     the name of the value in messages
     """
-    if not dataclasses.is_dataclass(kind):
-        raise InputError(f"{kind.__name__} is not a dataclass, so it defines no flags; add @dataclass above the class")
     hints, fields = get_type_hints(kind), []
     for field in dataclasses.fields(kind):
         annotation, read = hints[field.name], copy.copy(field)  # a copy, because the parser changes it
@@ -345,35 +339,25 @@ def set_defaults(parser: Parser, path: str, source: str, given: list[str]) -> li
 
 def convert(parser: Parser, action: argparse.Action, value: object) -> object:
     """Convert a value from a YAML file to the type of the flag. Raises InputError if the flag does not accept the value."""
-    if action.nargs == 0:  # a flag without a value, for example --no_FLAG
-        parser.error(str(argparse.ArgumentError(action, f"ignored explicit argument {str(value)!r}")))
     items = value if isinstance(value, list) else [value]
     for item in items if items is value else []:
         if str(item).startswith("--"):
             raise InputError(f"{action.dest}: '{item}' looks like a flag; give it on the command line")
-    if action.nargs == "+":
-        return [convert_one(parser, action, item) for item in items]
-    if len(items) != 1:
-        parser.error(str(argparse.ArgumentError(action, "expected one argument")))
-    return convert_one(parser, action, items[0])
-
-
-def convert_one(parser: Parser, action: argparse.Action, value: object) -> object:
-    """Convert a single value to the type of the flag, with the error messages of argparse."""
-    kind = action.type if callable(action.type) else str
-    value = "no" if value is False and kind not in SWITCHES else value  # YAML reads a bare `no` as False
-    text = json.dumps(value) if isinstance(value, dict) else str(value)
     try:
-        converted = kind(text)
-    except argparse.ArgumentTypeError as error:
-        parser.error(str(argparse.ArgumentError(action, str(error))))
-    except (TypeError, ValueError):
-        name = kind.__name__ if isinstance(kind, type) else repr(kind)
-        parser.error(str(argparse.ArgumentError(action, f"invalid {name} value: {text!r}")))
-    if action.choices is not None and converted not in action.choices:
-        choices = ", ".join(map(repr, action.choices))
-        parser.error(str(argparse.ArgumentError(action, f"invalid choice: {converted!r} (choose from {choices})")))
-    return converted
+        if action.nargs == 0:  # a flag without a value, for example --no_FLAG
+            raise argparse.ArgumentError(action, f"ignored explicit argument {str(value)!r}")
+        if action.nargs != "+" and len(items) != 1:
+            raise argparse.ArgumentError(action, "expected one argument")
+        return values_of_words(parser, action, [word_of(action, item) for item in items])
+    except argparse.ArgumentError as error:
+        parser.error(str(error))
+
+
+def word_of(action: argparse.Action, value: object) -> str:
+    """Return a value from a YAML file as the command line has it."""
+    if value is False and action.type not in SWITCHES:
+        return "no"  # YAML reads a bare `no` as False
+    return json.dumps(value) if isinstance(value, dict) else str(value)
 
 
 def use_all_cores() -> None:
@@ -424,14 +408,6 @@ class MaskedFormatter(logging.Formatter):
         return masked(super().format(record))
 
 
-def show_masked(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Print an uncaught error without the secrets in URLs."""
-    if issubclass(kind, KeyboardInterrupt):
-        show_error(kind, error, trace)
-        return
-    print(masked("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
-
-
 @contextlib.contextmanager
 def speaking_in_turn(main_process: bool) -> Iterator[None]:
     """Give the main process time to report an error that all processes have found.
@@ -464,7 +440,7 @@ def run(main: Callable[[], object]) -> None:
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
     for library in ("datasets", "huggingface_hub"):  # their own handlers would print each message a second time, with secrets
         logging.getLogger(library).handlers.clear()
-    sys.excepthook = show_masked
+    sys.excepthook = show_error
     main_process = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if main_process and "hub_token" in given_flags(sys.argv):
         logger.warning(

@@ -4,22 +4,20 @@ import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import xxhash
 from datasets import Dataset
 
 from hf_embed.data.columns import column_names, has_times
 from hf_embed.data.mixture import Source
+from hf_embed.kit.plan import Plan
 from hf_embed.kit.positives import parse_positive
 from hf_embed.resume import hashed_rows, name_of, objective_facts
 from hf_embed.safe_files import hash_of
 
-if TYPE_CHECKING:
-    from hf_embed.kit.plan import Plan
 
-
-def content_of(plan: "Plan") -> dict[str, str]:
+def content_of(plan: Plan) -> dict[str, str]:
     """Return hashes of the training rows and of the evaluation sets, by their names in messages.
 
     The seed makes no difference: the rows are those before positives are made from them. As in `hf_embed.resume`, a large table

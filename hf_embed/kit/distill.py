@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import BertConfig, BertModel, BertTokenizer
+from transformers import BertModel, BertTokenizer
 
 from hf_embed.checkpoint.load import find_transformer, load_model, load_tokenizer
 from hf_embed.distributed import get_world_size
@@ -128,13 +128,7 @@ def new_student(args: PretrainArguments, teacher: BertModel, teacher_ids: Tensor
             f"--hidden_size is {args.hidden_size}, but it can be at most {most}, the smaller of the teacher's width and the "
             "number of pieces in the student's vocabulary; give a smaller value"
         )
-    student = BertModel(
-        BertConfig(
-            vocab_size=len(teacher_ids), hidden_size=args.hidden_size, num_hidden_layers=args.num_layers,
-            num_attention_heads=args.num_heads, intermediate_size=4 * args.hidden_size,
-            max_position_embeddings=args.max_length,
-        )
-    )  # fmt: skip
+    student = BertModel(args.bert_config(len(teacher_ids)))
     words = teacher.embeddings.word_embeddings.weight.detach()[teacher_ids]
     center = words.mean(0)
     directions = torch.linalg.svd(words - center, full_matrices=False).Vh[: args.hidden_size]  # (D, E)

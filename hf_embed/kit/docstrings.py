@@ -26,7 +26,6 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import yaml
@@ -44,7 +43,6 @@ from hf_embed.safe_files import write_text
 PACKAGES = ("python", "numpy", "scipy", "pandas", "torch", "transformers", "sympy", "networkx", "matplotlib", "datasets",
             "huggingface_hub", "accelerate", "peft")  # fmt: skip
 SKIPPED_FOLDERS = {"site-packages", "__pycache__", "tests", "test", "testing", "_vendor", "vendored"}
-MOST_FILES = 50_000  # in a folder. No package has so many files, but a whole disk may
 MAX_FILES = 150  # of each package, chosen at random, because parsing all of torch and transformers takes a minute
 # Most and fewest characters of a text (a token has about four). A longer body or code is cut, and a longer summary is left out.
 # Shorter texts hold too little information.
@@ -77,14 +75,11 @@ def read_definitions(package: str, max_files: int | None = None) -> list[Definit
         max_files: the largest number of files to read, chosen at random. Default: all.
 
     Raises:
-        InputError: if there is no such package or folder, or if it holds more than MOST_FILES Python files.
+        InputError: if there is no such package or folder.
     """
     root = package_folder(package)
-    found = list(islice(root.rglob("*.py"), MOST_FILES + 1))
-    if len(found) > MOST_FILES:
-        raise InputError(f"{package} holds more than {MOST_FILES:,} Python files; give the folder of a single package")
     files = sorted(
-        path for path in found
+        path for path in root.rglob("*.py")
         if not SKIPPED_FOLDERS.intersection(path.relative_to(root).parts) and path.stat().st_size < 1_000_000
     )  # fmt: skip
     if max_files is not None and len(files) > max_files:
@@ -96,6 +91,16 @@ def read_definitions(package: str, max_files: int | None = None) -> list[Definit
         for definition in parse_file(path, module.removesuffix(".__init__")):
             by_summary.setdefault(definition.summary, definition)
     return list(by_summary.values())
+
+
+def read_packages(packages: tuple[str, ...], max_files: int) -> Iterator[tuple[str, list[Definition]]]:
+    """Yield each of the packages that are installed, with its definitions."""
+    for package in progress_bar(packages, desc="Reading docstrings", unit="package"):
+        try:
+            found = read_definitions(package, max_files)
+        except InputError:  # the package is not installed
+            continue
+        yield package, found
 
 
 def package_folder(package: str) -> Path:
@@ -160,12 +165,8 @@ def read_pages(packages: tuple[str, ...] = PACKAGES, max_files: int = MAX_FILES,
     Each text joins the docstrings of one module of the installed packages. Texts of fewer than `least` characters are left out.
     """
     pages: dict[str, list[str]] = {}
-    for package in progress_bar(packages, desc="Reading docstrings", unit="package"):
-        try:
-            definitions = read_definitions(package, max_files)
-        except InputError:
-            continue
-        for definition in definitions:
+    for _, found in read_packages(packages, max_files):
+        for definition in found:
             pages.setdefault(definition.module, []).append(f"{definition.summary} {definition.body}")
     texts = [text for parts in pages.values() if len(text := " ".join(" ".join(parts).split())) >= least]
     random.Random(0).shuffle(texts)  # mixes the packages, so that the first texts come from all of them
@@ -221,11 +222,7 @@ def collect_pairs(packages: tuple[str, ...], max_files: int) -> tuple[dict[str, 
     pairs: dict[str, list[Pair]] = {}
     tests: dict[str, list[Pair]] = {"body": [], "code": []}
     trained: set[str] = set()
-    for package in progress_bar(packages, desc="Reading docstrings", unit="package"):
-        try:
-            found = read_definitions(package, max_files)
-        except InputError:
-            continue
+    for package, found in read_packages(packages, max_files):
         for definition in found:
             if not held_out(definition):
                 trained.update((definition.summary, definition.body, definition.code))

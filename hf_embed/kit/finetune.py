@@ -9,7 +9,6 @@ from typing import Any, cast
 
 from peft import PeftModel
 from transformers import EarlyStoppingCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import TrainOutput
 
 from hf_embed.data.mixture import Mixture
 from hf_embed.encoder import Encoder
@@ -86,19 +85,18 @@ def score_model(trainer: ContrastiveTrainer) -> dict[str, float]:
     return trainer.evaluate() if trainer.eval_dataset else {}
 
 
-def fine_tune(plan: Plan, trainer: ContrastiveTrainer) -> TrainOutput:
+def fine_tune(plan: Plan, trainer: ContrastiveTrainer) -> None:
     """Train the model and save it. After the first step, the files of an earlier run in the folder are removed."""
     trainer.add_callback(plan.earlier)
     if trainer.is_world_process_zero():
         begin(plan.folder)
-    trained = trainer.train(resume_from_checkpoint=plan.args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=plan.args.resume_from_checkpoint)
     trainer.drops_results = True  # scores from an earlier end of this run do not belong to these weights
     save_without_push(trainer)  # the report pushes the model together with its results
     trainer.drops_results = False
     if plan.model_args.save_adapter and trainer.is_world_process_zero():
         save_adapter(trainer.encoder, plan.folder / "adapter")
     trainer.accelerator.wait_for_everyone()
-    return trained
 
 
 def check_adapter(trainer: ContrastiveTrainer) -> None:

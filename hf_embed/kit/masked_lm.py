@@ -26,7 +26,7 @@ from accelerate import PartialState
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import BertConfig, BertForMaskedLM, BertTokenizer, get_linear_schedule_with_warmup
+from transformers import BertForMaskedLM, BertTokenizer, get_linear_schedule_with_warmup
 
 from hf_embed.distributed import get_world_size
 from hf_embed.errors import InputError
@@ -56,7 +56,7 @@ def pretrain(args: PretrainArguments, sentences: list[str], work: Path) -> None:
     tokenizer = train_tokenizer(sentences[:VOCABULARY_SENTENCES], args.vocab_size, args.max_length)
     stream = token_stream(tokenizer, sentences)
     torch.manual_seed(args.seed)
-    model = new_model(args, tokenizer)
+    model = BertForMaskedLM(args.bert_config(len(tokenizer)))
     checkpoint = work / "checkpoint.pt"
     if not checkpoint.is_file():
         start_words(model, stream, tokenizer.sep_token_id)
@@ -117,17 +117,6 @@ def token_stream(tokenizer: BertTokenizer, sentences: list[str]) -> np.ndarray:
         encoded = tokenizer.backend_tokenizer.encode_batch(sentences[start : start + 20_000], add_special_tokens=False)
         parts.append(np.array([id for text in encoded for id in (*text.ids, tokenizer.sep_token_id)], dtype=np.int32))
     return np.concatenate(parts)
-
-
-def new_model(args: PretrainArguments, tokenizer: BertTokenizer) -> BertForMaskedLM:
-    """Make a BERT with random weights."""
-    return BertForMaskedLM(
-        BertConfig(
-            vocab_size=len(tokenizer), hidden_size=args.hidden_size, num_hidden_layers=args.num_layers,
-            num_attention_heads=args.num_heads, intermediate_size=4 * args.hidden_size,
-            max_position_embeddings=args.max_length, pad_token_id=tokenizer.pad_token_id,
-        )
-    )  # fmt: skip
 
 
 def start_words(model: BertForMaskedLM, stream: np.ndarray, sep: int) -> None:

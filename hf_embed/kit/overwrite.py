@@ -61,11 +61,11 @@ def is_unfinished(folder: Path) -> bool:
 
 
 def check_replaceable(folder: Path) -> None:
-    """Raise InputError if another folder cannot take the place of `folder`."""
+    """Raise InputError if a new folder cannot take the place of `folder`."""
     if not can_be_replaced(folder):
         raise InputError(
-            f"--overwrite_output_dir: another folder cannot take the place of {folder}, which is the current folder, a mount "
-            "point, or in a folder without write permission; give another --output_dir"
+            f"--output_dir {folder}: this folder cannot be replaced, because it is the current folder, a mount point, or in a "
+            "folder without write permission; give another folder"
         )
 
 

@@ -216,7 +216,7 @@ def read_flags(
         argv: the words of the command line. Default: those of this process.
     """
     kinds = [*own, ModelArguments, DataArguments, EvalArguments, RunArguments, ContrastiveTrainingArguments]
-    flags = cli.read_flags(kinds, lambda given: None if preset is None or set(unless) & set(given) else str(preset), argv)
+    flags = cli.read_flags(kinds, preset, unless, argv)
     flags = settle_schedule(flags)
     if "seeds" in flags.given and (seed := flags.values["seed"]) != ContrastiveTrainingArguments.seed:
         raise InputError(f"--seed {seed} has no effect with --seeds; remove one of them")

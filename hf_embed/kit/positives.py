@@ -19,20 +19,20 @@ import logging
 import random
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import AutoModelForMaskedLM, AutoTokenizer
 
+from hf_embed.checkpoint.load import find_transformer, load_model, load_tokenizer
 from hf_embed.data.cache import cached_map
 from hf_embed.data.columns import text_columns
-from hf_embed.errors import InputError
+from hf_embed.errors import InputError, errors_of
 from hf_embed.hub_access import find_model
 from hf_embed.mlm import check_mask_token
-from hf_embed.progress import progress_bar, quiet_libraries, table_bars
-from hf_embed.read_files import first_line, read_text
+from hf_embed.progress import progress_bar, table_bars
+from hf_embed.read_files import read_text
 
 logger = logging.getLogger(__name__)
 
@@ -227,19 +227,15 @@ class MaskFill:
     def __init__(self, name: str | None, trust_remote_code: bool = False):
         if name is None:
             raise InputError("positive mask_fill needs a masked language model; give its name or folder")
-        try:
-            trusted = {"trust_remote_code": trust_remote_code} | find_model(name)
-            with quiet_libraries():
-                model, loading = AutoModelForMaskedLM.from_pretrained(name, output_loading_info=True, **trusted)
-        except (OSError, ValueError) as error:
-            mend = "; --trust_remote_code allows its own code to run" if "trust_remote_code=True" in str(error) else ""
-            raise InputError(
-                f"positive mask_fill: '{name}' is not a masked language model ({first_line(error)}){mend}"
-            ) from error
-        if missing := sorted(key for key in loading["missing_keys"] if not key.startswith(model.base_model_prefix)):
-            raise InputError(f"positive mask_fill: '{name}' has no masked-language-modeling head ({missing[0]} is missing)")
-        self.model, self.tokenizer = model.eval().to(PartialState().device), AutoTokenizer.from_pretrained(name, **trusted)
-        check_mask_token(self.tokenizer, f"positive mask_fill with '{name}'")
+        with errors_of("positive mask_fill"):
+            found = find_model(name)
+            where: dict[str, Any] = find_transformer(name, **found) | found
+            model, missing = load_model(name, "AutoModelForMaskedLM", trust_remote_code, **where)
+            self.tokenizer = load_tokenizer(name, trust_remote_code, **where)
+            if missing := [key for key in missing if not key.startswith(model.base_model_prefix)]:
+                raise InputError(f"'{name}' has no masked-language-modeling head ({missing[0]} is missing); give another model")
+            check_mask_token(self.tokenizer, f"'{name}'")
+        self.model = model.eval().to(PartialState().device)
 
     @torch.inference_mode()
     def __call__(self, texts: list[list[str]], share: float, draws: list[random.Random]) -> list[list[str]]:

@@ -191,9 +191,9 @@ def findings(report: Report, settings: Settings) -> list[Report]:
 def listed(numbers: Report) -> str:
     """Return the first of some row numbers as text: "row 4", or "rows 4, 9, 11, 12, 30, ..."."""
     rows = ", ".join(f"{row:,}" for row in numbers["rows"])
-    return (
-        f"row {rows}" if numbers["count"] == 1 else f"rows {rows}{', ...' if numbers['count'] > len(numbers['rows']) else ''}"
-    )
+    if numbers["count"] == 1:
+        return f"row {rows}"
+    return f"rows {rows}{', ...' if numbers['count'] > len(numbers['rows']) else ''}"
 
 
 def of_rows(source: Report) -> Iterator[tuple[str, float, str]]:
@@ -202,11 +202,8 @@ def of_rows(source: Report) -> Iterator[tuple[str, float, str]]:
         mend = "fill it in or delete the row, or give --drop_empty_rows"
         yield "empty", count, f"rows with an empty text: {count:,} ({listed(source['empty'])}); {mend}"
     for kind, numbers in source["odd"].items():
-        yield (
-            "odd",
-            numbers["count"],
-            f"texts that contain {kind}: {numbers['count']:,} (first in {listed(numbers | {'count': 1})})",
-        )
+        first = listed(numbers | {"count": 1})
+        yield "odd", numbers["count"], f"texts that contain {kind}: {numbers['count']:,} (first in {first})"
     for column, values in source["judged"].items():
         yield "judged", len(values), judged_in_words(column, values)
     for code in (*COUNTED, "missing_word"):
@@ -232,19 +229,14 @@ def of_batches(source: Report, settings: Settings) -> Iterator[tuple[str, float,
     if source["training_rows"] < batch:
         yield "few_rows", source["training_rows"], f"fewer training rows than a batch of {batch:,}: {source['training_rows']:,}"
     for each in source["batches"]:
-        if each["batch"] == batch and (part := masked_share(source, each, settings.masks_answers)) > MANY_EQUAL:
-            yield (
-                "few_negatives",
-                part,
-                f"texts of other rows in a batch that are no negatives, because positives or anchors repeat: {part:.0%}",
-            )
-        wrong = each["near"] + (0 if settings.masks_answers else each["answers"])
-        if each["batch"] == batch and wrong >= FEW:
-            yield (
-                "false_negatives",
-                wrong,
-                f"right answers that are trained on as negatives in a batch of {batch:,}: {wrong:.2f}",
-            )
+        if each["batch"] != batch:
+            continue
+        if (part := masked_share(source, each, settings.masks_answers)) > MANY_EQUAL:
+            text = "texts of other rows in a batch that are no negatives, because positives or anchors repeat"
+            yield "few_negatives", part, f"{text}: {part:.0%}"
+        if (wrong := each["near"] + (0 if settings.masks_answers else each["answers"])) >= FEW:
+            text = f"right answers that are trained on as negatives in a batch of {batch:,}"
+            yield "false_negatives", wrong, f"{text}: {wrong:.2f}"
 
 
 def masked_share(source: Report, batch: Report, masks_answers: bool) -> float:
@@ -276,7 +268,6 @@ def columns_lines(sources: Mapping[str, Report]) -> list[str]:
         columns = ", ".join(f"{column} as {role}" if column != role else column for column, role in source["columns"].items())
         parts = [f"{name}: {columns}"]
         parts += [f"not used: {', '.join(source['unused'])}"] if source["unused"] else []
-        parts += ["with a byte-order mark"] if source["byte_order_mark"] else []
         if "labels" in source:
             labels = ", ".join(f"{label} {count:,}" for label, count in source["labels"].items())
             parts.append(f"labeled pairs ({labels}) make {source['training_rows']:,} rows")

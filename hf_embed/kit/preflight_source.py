@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -19,7 +18,7 @@ import pyarrow
 from datasets import Dataset
 
 from hf_embed.data.columns import column_names, judging_values
-from hf_embed.data.files import as_column, features_of, opened
+from hf_embed.data.files import as_column, features_of
 from hf_embed.data.labeled import NEGATIVE, POSITIVE, Layout, hashable, labeled_layout, meanings_of
 from hf_embed.data.mixture import Source, Stream, source_rows, source_tokenizer, what_to_read
 from hf_embed.data.tokenization import RowTokenizer, columns_to_read, text_id, too_few_rows
@@ -30,7 +29,6 @@ from hf_embed.kit.row_hashes import Ids, RowIds, Texts, batches, exact_ids, hash
 from hf_embed.kit.similar import similar_pairs
 from hf_embed.objectives import Objective, SimCSE
 from hf_embed.progress import progress_bar
-from hf_embed.read_files import kind_of
 
 SAMPLE, CHARACTERS = 20_000, 20_000_000  # a sample has so many rows or, if texts are long, about so many characters
 VARIANTS = 20_000  # tokenize at most so many texts to see which ones are equal to the model
@@ -39,7 +37,6 @@ LONGEST = 2048  # count lengths up to so many tokens, or up to 4 times the maxim
 ROLES = ("anchor", "positive", "negative")
 # Words that pandas writes for a missing value, or reads as one.
 MISSING_WORDS = ["nan", "NaN", "null", "NULL", "None", "NA", "N/A", "n/a", "<NA>", "#N/A", "NaT"]
-BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
@@ -111,7 +108,7 @@ def make_subject(
     objective = source.own_objective or next(iter(settings.objectives.values()), SimCSE())
     tokenizer = source_tokenizer(source, encoder, what_to_read(objective, column_names(rows), settings.teacher))
     taken = source_rows(source, tokenizer, where, paired, drop_empty_rows=True)
-    about: dict[str, Any] = {"from": source.origin, "byte_order_mark": has_mark(source.origin)}
+    about: dict[str, Any] = {"from": source.origin}
     scores: list[str] = []
     if not isinstance(rows, Dataset):
         columns = Stream(source, tokenizer, rank=0, ranks=1, seed=0, buffer_size=1, drop=True).columns
@@ -153,14 +150,6 @@ def about_labels(rows: Dataset, layout: Layout, where: str) -> dict[str, Any]:
     return {"labeled_pairs": len(rows), "labels": dict(sorted(Counter(map(str, labels)).items())), "empty_pairs": used}
 
 
-def has_mark(path: str | None) -> bool:
-    """Return True if a local file begins with a byte-order mark, which readers remove from the first text."""
-    if path is None or not Path(path).is_file() or kind_of(path) == "parquet":
-        return False
-    with opened(path) as file:
-        return file.read(len(BOM)) == BOM
-
-
 # ---- one source ----
 
 
@@ -190,11 +179,9 @@ def check_source(subject: Subject, settings: Settings) -> tuple[dict[str, Any], 
     if len(ids.origins) < 2 and not found["empty"]["count"] and "first_rows_of_a_stream" not in found:
         raise too_few_rows(len(ids.origins), subject.where)
     found |= {name: numbered(ids.origins[places]) for name, places in equal_texts(ids, whole).items()}
-    size = (
-        min(SAMPLE, 1 + CHARACTERS * len(subject.rows) // max(1, ids.characters))
-        if settings.sample is None
-        else settings.sample
-    )
+    size = settings.sample
+    if size is None:
+        size = min(SAMPLE, 1 + CHARACTERS * len(subject.rows) // max(1, ids.characters))
     found["sample"] = check_sample(subject, size)
     found["batches"] = check_batches(subject, ids, settings) if subject.in_batch and len(ids.origins) > 1 else []
     return found, whole, ids
@@ -210,8 +197,7 @@ def equal_texts(ids: RowIds, whole: Ids) -> dict[str, np.ndarray]:
     again = repeated(whole.exact)
     found = {"duplicates": np.flatnonzero(again), "near_duplicates": np.flatnonzero(repeated(whole.plain) & ~again)}
     words = exact_ids(pyarrow.array(MISSING_WORDS))
-    owners = [np.arange(len(ids.origins))] * (1 if ids.positives is None else 2) + [ids.owners]
-    found["missing_word"] = np.unique(np.concatenate(owners)[np.isin(ids.everything("exact"), words)])
+    found["missing_word"] = np.unique(ids.row_of_each()[np.isin(ids.everything("exact"), words)])
     if ids.positives is not None:
         anchors, positives, negatives = ids.anchors.plain, ids.positives.plain, ids.negatives.plain
         found["positive_is_anchor"] = np.flatnonzero(anchors == positives)
@@ -340,9 +326,7 @@ def tokens_as_ids(subject: Subject, ids: RowIds) -> tuple[np.ndarray, np.ndarray
     chosen = np.sort(np.concatenate(variants))[:VARIANTS]
     wanted = exact[chosen]
     by_hash: dict[int, int] = {}
-    rows = len(ids.origins)
-    stated = [np.arange(rows), *([] if ids.positives is None else [np.arange(rows)]), ids.owners]
-    numbers = np.unique(ids.origins[np.concatenate(stated)[chosen]])
+    numbers = np.unique(ids.origins[ids.row_of_each()[chosen]])
     for texts in subject.texts(subject.rows.select(numbers)) if len(numbers) else []:
         everything = texts.everything()
         hashes = exact_ids(everything)

@@ -20,15 +20,16 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import BertTokenizer, PreTrainedModel
+from transformers import BertConfig, BertTokenizer, PreTrainedModel
 
 from hf_embed.data.sources import read_texts
 from hf_embed.disk import check_folder
 from hf_embed.distributed import get_rank, get_world_size, is_main_process, mean_over_ranks, take_weights_of_main
 from hf_embed.errors import InputError, in_short
+from hf_embed.kit.overwrite import check_replaceable
 from hf_embed.progress import progress_bar, quiet_libraries
-from hf_embed.ranges import COUNT, POSITIVE, REQUIRED, SEED, setting
-from hf_embed.safe_files import can_be_replaced, new_folder, write_json, writing
+from hf_embed.ranges import COUNT, POSITIVE, REQUIRED, SEED, Range, check_ranges, setting
+from hf_embed.safe_files import new_folder, write_json, writing
 from hf_embed.work_files import digest
 
 FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "training.json"]  # of a saved encoder
@@ -64,14 +65,9 @@ class PretrainArguments:
     seed: int = setting(1, "Seed of the order of the texts and of the masked tokens.")
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            allowed = SEED if name == "seed" else COUNT
-            if isinstance(value, int) and not isinstance(value, bool) and value not in allowed:
-                raise InputError(f"--{name} is {value}; it must be {allowed}")
-        if self.max_length < SHORT:
-            raise InputError(f"--max_length is {self.max_length}; it must be at least {SHORT}")
-        if self.learning_rate not in POSITIVE:
-            raise InputError(f"--learning_rate is {self.learning_rate}; it must be {POSITIVE}")
+        numbers = [field.name for field in dataclasses.fields(self) if type(field.default) is int]
+        others = {"seed": SEED, "learning_rate": POSITIVE, "max_length": Range(least=SHORT, whole=True)}
+        check_ranges(self, dict.fromkeys(numbers, COUNT) | others)
         if self.hidden_size % self.num_heads:
             raise InputError(f"--num_heads is {self.num_heads}, which does not divide --hidden_size {self.hidden_size}")
         if self.objective == "distill" and self.teacher is None:
@@ -79,6 +75,14 @@ class PretrainArguments:
         for name in ("teacher", "teacher_layer", "trust_remote_code") if self.objective == "mlm" else ():
             if getattr(self, name) != type(self).__dataclass_fields__[name].default:
                 raise InputError(f"--objective mlm uses no teacher; remove --{name}, or give --objective distill")
+
+    def bert_config(self, vocab_size: int) -> BertConfig:
+        """Return the configuration of the encoder. Its padding token is the first of `SPECIAL`."""
+        return BertConfig(
+            vocab_size=vocab_size, hidden_size=self.hidden_size, num_hidden_layers=self.num_layers,
+            num_attention_heads=self.num_heads, intermediate_size=4 * self.hidden_size,
+            max_position_embeddings=self.max_length, pad_token_id=0,
+        )  # fmt: skip
 
     def identity(self, sentences: list[str]) -> str:
         """Return what a resumed run must share: all settings and a hash of the sentences, but no input and output paths."""
@@ -88,11 +92,8 @@ class PretrainArguments:
 def check_output(folder: Path) -> None:
     """Raise InputError if a folder cannot be written or replaced, or holds files that this recipe does not write."""
     check_folder(folder, "--output_dir")
-    if folder.exists() and not can_be_replaced(folder):
-        raise InputError(
-            f"--output_dir {folder}: this folder cannot be replaced, because it is the current folder, a mount point, or in a "
-            "folder without write permission; give a folder inside it, or another folder"
-        )
+    if folder.exists():
+        check_replaceable(folder)
     if others := sorted({path.name for path in folder.glob("*")} - set(FILES)):
         raise InputError(f"--output_dir {folder} holds {others[0]}, which is not a file of an encoder; give another folder")
 

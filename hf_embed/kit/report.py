@@ -14,7 +14,6 @@ from accelerate import PartialState
 from datasets import Dataset
 from torch import Tensor
 from transformers import AutoConfig
-from transformers.trainer_utils import TrainOutput
 
 from hf_embed.checkpoint.card import own_results, store_results, write_card
 from hf_embed.checkpoint.tables import comparison_table
@@ -40,7 +39,7 @@ logger = logging.getLogger(__name__)
 MOST_LABELS = 12  # points of the picture that are labeled with their step
 
 
-def report(plan: Plan, trainer: ContrastiveTrainer, before: dict[str, float], trained: TrainOutput) -> dict[str, Any]:
+def report(plan: Plan, trainer: ContrastiveTrainer, before: dict[str, float]) -> dict[str, Any]:
     """Score the saved folder, write results.json, the picture and the card, and push the folder if the flags say so.
 
     Returns the content of results.json.
@@ -53,7 +52,7 @@ def report(plan: Plan, trainer: ContrastiveTrainer, before: dict[str, float], tr
         tasks = with_model(trainer.eval_dataset or {}, saved, temperature=learned_temperature(trainer))
         with hidden_bars(bool(plan.args.disable_tqdm)):
             after = {f"eval_{key}": value for key, value in score_tasks(tasks, embed_with(saved)).items()}
-    about = about_run(plan, trainer, trained, after)
+    about = about_run(plan, trainer, after)
     results: dict[str, Any] = {"before": summary(before, plan.tasks), "after": summary(after, plan.tasks), "train": about}
     if plan.run.title:
         results["card"] = {"title": plan.run.title}
@@ -80,19 +79,23 @@ def load_saved(plan: Plan) -> Encoder:
     return encoder.to(plan.args.device)
 
 
-def about_run(plan: Plan, trainer: ContrastiveTrainer, trained: TrainOutput, after: dict[str, float]) -> dict[str, Any]:
+def about_run(plan: Plan, trainer: ContrastiveTrainer, after: dict[str, float]) -> dict[str, Any]:
     """Return the "train" part of results.json: the model, the data and the settings. `after` has the final scores."""
     name = plan.model_args.model_name_or_path
     if plan.args.load_best_model_at_end and trainer.state.best_model_checkpoint is None:
         metric, scored = plan.args.metric_for_best_model, trainer.state.best_global_step is not None
         reason = "no checkpoint was saved" if scored else f"no evaluation returned a number for {metric}"
         logger.warning(f"{reason}: the model of the last step is saved, not the best one")
-    return about_training(trainer, after) | {
-        "model": shown(name or "quickstart"), "data": shown(plan.source), "content": content_of(plan),
-        "base_model": on_the_hub(name), "datasets": plan.datasets,
-        "steps": trained.global_step,
-        "language": plan.run.language, "license": plan.run.license, "settings": changed(plan),
+    return about_training(trainer, after) | about_plan(plan) | {
+        "base_model": on_the_hub(name), "datasets": plan.datasets, "language": plan.run.language, "license": plan.run.license,
     }  # fmt: skip
+
+
+def about_plan(plan: Plan) -> dict[str, Any]:
+    """Return the model, the data and the settings of a plan, as the "train" part of results.json has them."""
+    name = plan.model_args.model_name_or_path
+    model, data = shown(name or "quickstart"), shown(plan.source)
+    return {"model": model, "data": data, "content": content_of(plan), "settings": changed(plan)}
 
 
 def changed(plan: Plan) -> dict[str, Any]:

@@ -72,6 +72,11 @@ class RowIds(NamedTuple):
         parts = [getattr(ids, kind) for ids in (self.anchors, self.positives, self.negatives) if ids is not None]
         return np.concatenate(parts)
 
+    def row_of_each(self) -> np.ndarray:
+        """Return the training row of each text of `everything`, (T,)."""
+        rows = np.arange(len(self.origins))
+        return np.concatenate([rows, self.owners] if self.positives is None else [rows, rows, self.owners])
+
 
 # ---- the texts of a table ----
 

@@ -20,18 +20,17 @@ from hf_embed.encoder import Encoder
 from hf_embed.entry import recipe_command
 from hf_embed.errors import InputError
 from hf_embed.kit.cli import Flags
-from hf_embed.kit.content import content_of
 from hf_embed.kit.overwrite import EarlierRun, begin, earlier_files, place_of, take_place
 from hf_embed.kit.plan import Plan
 from hf_embed.kit.preflight import preflight_plan
-from hf_embed.kit.report import changed, saved_to
+from hf_embed.kit.report import about_plan, saved_to
 from hf_embed.kit.run_folder import LATEST
 from hf_embed.ranges import SEED
 from hf_embed.ranks import writing_alone
 from hf_embed.read_files import read_json
 from hf_embed.resume import as_json, same_settings
 from hf_embed.safe_files import SAVING, clear_leftovers
-from hf_embed.training_record import settings_of, shown
+from hf_embed.training_record import settings_of
 
 
 def read_seeds(given: str) -> list[int]:
@@ -114,12 +113,8 @@ def finished_run(folder: Path, plan: Plan) -> dict[str, Any] | None:
     if not (folder / "results.json").is_file():
         return None
     results, args = read_json(folder / "results.json", with_nan=True), plan.args
-    now = {
-        "settings": changed(plan), "objective": settings_of(plan.objective), "data": shown(plan.source),
-        "content": content_of(plan),
-        "model": shown(plan.model_args.model_name_or_path or "quickstart"),
-        "batch_size": args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
-    }  # fmt: skip
+    batch_size = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+    now = about_plan(plan) | {"objective": settings_of(plan.objective), "batch_size": batch_size}
     return results if {name: results.get("train", {}).get(name) for name in now} == as_json(now) else None
 
 

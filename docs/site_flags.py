@@ -1,4 +1,4 @@
-"""The generator of docs/flags.md, the flags of every recipe: `python -m hf_embed.kit.flags_page > docs/flags.md`."""
+"""The generator of docs/flags.md, the flags of every recipe: `python docs/site_flags.py > docs/flags.md`."""
 
 import contextlib
 import importlib.util
@@ -8,17 +8,17 @@ import re
 import sys
 from pathlib import Path
 
-import hf_embed
-from hf_embed.entry import CONSOLE, recipes_folder
+from hf_embed.entry import CONSOLE
 from hf_embed.errors import InputError
 from hf_embed.kit.cli import HelpShown, Parser
 from hf_embed.kit.help import TRAINER, TRAINING, Section, sections
 
+ROOT = Path(__file__).resolve().parent.parent
 TOP = """# Recipes and their flags
 
-Every recipe with every flag, as `--help` shows them. `python -m hf_embed.kit.flags_page > docs/flags.md` makes this page from
-the code. Start a recipe as `hf-embed RECIPE`, or in a clone as `python recipes/RECIPE.py`. Words in capitals, such as MODEL,
-come first and need no flag. `--config FILE` reads flags from a YAML file. A flag on the command line overrides the file.
+Every recipe with every flag, as `--help` shows them. `python docs/site_flags.py > docs/flags.md` makes this page from the code.
+Start a recipe as `hf-embed RECIPE`, or in a clone as `python recipes/RECIPE.py`. Words in capitals, such as MODEL, come first
+and need no flag. `--config FILE` reads flags from a YAML file. A flag on the command line overrides the file.
 """
 # Above the examples of a recipe: what tests/doc_blocks.py has to know of them.
 NOT_RUN = "<!-- not run: the examples of --help; the tests check their flags -->"
@@ -110,11 +110,5 @@ def page(folder: Path) -> str:
     return "\n".join([*lines, "## " + TRAINER, OF_TRAINER])
 
 
-def own_recipes() -> Path:
-    """Return the folder of the recipes beside this package in a clone. Without a clone, return the installed recipes."""
-    beside = Path(hf_embed.__file__).resolve().parent.parent / "recipes"
-    return beside if (beside / "configs").is_dir() else recipes_folder() or Path("recipes")
-
-
 if __name__ == "__main__":
-    print(page(own_recipes()), end="")
+    print(page(ROOT / "recipes"), end="")
