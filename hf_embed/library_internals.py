@@ -35,17 +35,6 @@ NOT_CALLED = {
     "prediction_step": "evaluate",
     "evaluation_loop": "evaluate",
 }
-# Entries of the state of a learning-rate schedule that reads a metric. The other entries are its settings.
-COUNTED = (
-    "best",
-    "num_bad_epochs",
-    "num_good_epochs",
-    "cooldown_counter",
-    "warmup_counter",
-    "last_epoch",
-    "reset_start",
-    "_streaming_avg",
-)  # fmt: skip
 
 
 # ---- transformers: configs and models ----
@@ -184,23 +173,6 @@ def set_base_rates(scheduler: LambdaLR, rates: list[Any]) -> None:
     scheduler.base_lrs = rates
     scheduler._last_lr = [rate * factor(scheduler.last_epoch) for rate, factor in zip(rates, scheduler.lr_lambdas)]
     for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr):
-        group["lr"] = rate
-
-
-def keep_counts(scheduler: Any, settings: dict[str, Any], rates: list[float]) -> None:
-    """Give a resumed schedule that reads a metric new settings, and keep what it has counted so far.
-
-    If a smaller metric was better and a greater one is better now, or the other way round, the schedule counts anew.
-
-    Args:
-        scheduler: a `ReduceLROnPlateau` of torch or a `GreedyLR` of transformers, with the state of a checkpoint.
-        settings: the state of a new schedule with these settings.
-        rates: the learning rates with which it goes on, one for each parameter group.
-    """
-    loaded = scheduler.state_dict()
-    counted = {name: loaded[name] for name in COUNTED if name in loaded} if loaded["mode"] == settings["mode"] else {}
-    scheduler.load_state_dict(settings | counted | {"_last_lr": rates})
-    for group, rate in zip(scheduler.optimizer.param_groups, rates):
         group["lr"] = rate
 
 
