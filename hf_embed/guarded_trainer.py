@@ -297,13 +297,6 @@ class GuardedTrainer(CheckpointTrainer):
                 "gradient_caching is as_needed, which is not supported with FSDP and DeepSpeed, because all processes must "
                 "recompute the same layers; set it to true or false"
             )
-        layers = self.args.activation_checkpointing_kwargs or self.args.gradient_checkpointing_kwargs
-        reentrant = isinstance(layers, dict) and layers.get("use_reentrant")
-        if self.args.gradient_caching and self.args.device.type == "cpu" and reentrant:
-            raise InputError(
-                "activation_checkpointing_kwargs has use_reentrant=True, which gradient_caching does not support on a CPU; "
-                "remove it"
-            )
 
     def begin_caching(self) -> bool | Activations:
         """Return how the step that begins uses gradient caching, as `encode_in_chunks` expects it."""

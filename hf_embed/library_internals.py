@@ -219,13 +219,6 @@ def uncompiled(model: nn.Module) -> nn.Module | None:
     return model._orig_mod if isinstance(model, torch._dynamo.OptimizedModule) else None
 
 
-def compile_modes() -> list[str]:
-    """Return the modes of `torch.compile`."""
-    import torch._inductor  # takes a second
-
-    return list(torch._inductor.list_mode_options())
-
-
 def set_group_timeout(timeout: timedelta) -> None:
     """Set how long a collective of the default group waits for other ranks, for both gloo and NCCL.
 

@@ -250,10 +250,6 @@ def test_save_checkpoint(tmp_path):
     }
 
 
-def test_compile_modes():
-    assert {"default", "reduce-overhead", "max-autotune"} <= set(internals.compile_modes())
-
-
 def test_methods_that_are_never_called_exist():
     for name, mend in internals.NOT_CALLED.items():
         assert all(callable(getattr(Trainer, method)) for method in (name, *mend.split(" and ")))
