@@ -159,9 +159,6 @@ def check_after(args: TrainingArguments) -> None:
     for name, (harmless, reason) in LOADER.items():
         if (value := getattr(loader, name)) not in harmless:
             raise InputError(f"accelerator_config: {name} is {value!r}, which is not supported: {reason}; remove it")
-    steps = (loader.gradient_accumulation_kwargs or {}).get("num_steps", 1)
-    if steps not in COUNT:
-        raise out_of_range("accelerator_config: num_steps", steps, COUNT)
     if args.mixed_precision == "fp16" and args.device.type == "cpu":
         raise InputError("fp16 is set, but it is not supported on a CPU, which would compute in float32; use bf16, or neither")
     for name in args.report_to or []:

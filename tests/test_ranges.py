@@ -120,7 +120,6 @@ def test_arguments_out_of_range(name):
         ({"dataloader_persistent_workers": True}, "set dataloader_num_workers"),
         ({"dataloader_multiprocessing_context": "fork"}, "set dataloader_num_workers"),
         ({"dataloader_multiprocessing_context": "thread", "dataloader_num_workers": 1}, "one of fork, spawn, forkserver"),
-        ({"accelerator_config": {"gradient_accumulation_kwargs": {"num_steps": 0}}}, "num_steps is 0"),
         ({"accelerator_config": {"split_batch": True}}, "split_batch"),
         ({"optim": "adam"}, "adam"),
         ({"optim": "adamw_bnb_8bit"}, "optim adamw_bnb_8bit: You need to install `bitsandbytes`"),

@@ -222,7 +222,11 @@ HONOURED = {
     "metric_for_best_model": ("falling", SAVE, best),
     "greater_is_better": (False, SAVE | {"metric_for_best_model": "spearman"}, best),
     "seed": (7, {}, lambda run: torch.initial_seed()),
-    "accelerator_config": ({"gradient_accumulation_kwargs": {"num_steps": 2}}, {}, substeps),
+    "accelerator_config": (
+        {"gradient_accumulation_kwargs": {"sync_each_batch": True}},
+        {},
+        lambda run: run.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch"),
+    ),
     "dataloader_drop_last": (True, {"per_device_train_batch_size": 5, "max_steps": -1, "num_train_epochs": 1}, logged),
     "dataloader_num_workers": (1, {}, of_loader("num_workers")),
     "dataloader_persistent_workers": (True, WORKER, of_loader("persistent_workers")),
