@@ -294,11 +294,6 @@ class CheckpointTrainer(HubTrainer):
         self.use_final_weights()
         if self.state.best_model_checkpoint is not None:
             self._settle_best(Path(self.state.best_model_checkpoint))
-        best = self.state.best_model_checkpoint
-        if best is not None and self.args.save_total_limit == 1 and self.args.should_save:
-            for path in whole.checkpoints_in(Path(run_folder(self, trial))):
-                if not path.samefile(best):  # Trainer would remove it file by file, which could leave a damaged checkpoint
-                    safe_files.remove(path)
         return super()._finalize_training(trial, num_train_samples, start_time)
 
     def _load_best_model(self) -> None:

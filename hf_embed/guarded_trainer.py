@@ -33,7 +33,6 @@ from hf_embed.library_internals import (
     first_step,
     made_schedule,
     run_folder,
-    save_checkpoint,
     set_accelerate_state,
 )
 from hf_embed.packing import copy_to
@@ -281,7 +280,7 @@ class GuardedTrainer(CheckpointTrainer):
             checkpoint = str(Path(run_folder(self, trial), f"{PREFIX_CHECKPOINT_DIR}-{step}"))
             if requests.saved_step != step:
                 self.watch.check(self.args, self.state, model, of_weights=True)
-                save_checkpoint(self, model, trial)
+                self._save_checkpoint(model, trial)
                 self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         self.accelerator.wait_for_everyone()
         logger.warning(how_to_go_on(number, step, checkpoint))

@@ -88,16 +88,6 @@ def use_one_gpu(args: TrainingArguments) -> None:
     args._n_gpu = 1
 
 
-@contextlib.contextmanager
-def same_accelerator() -> Iterator[None]:
-    """Keep accelerate's state of this process in a `with` block in which `TrainingArguments` are made, which empty it."""
-    kept = accelerate_state()
-    try:
-        yield
-    finally:
-        set_accelerate_state(kept)
-
-
 def accelerate_state() -> list[dict[str, Any]]:
     """Return accelerate's state of this process, for example its mixed precision."""
     return [dict(kind._shared_state) for kind in (PartialState, AcceleratorState)]
@@ -155,11 +145,6 @@ def save_optimization(trainer: "Trainer", folder: str) -> None:
     trainer._save_optimizer_and_scheduler(folder)
     trainer._save_scaler(folder)
     trainer._save_rng_state(folder)
-
-
-def save_checkpoint(trainer: "Trainer", model: nn.Module, trial: Any) -> None:
-    """Save a checkpoint of the current step, with everything that a resumed run needs."""
-    trainer._save_checkpoint(model, trial)
 
 
 # ---- torch, datasets, argparse ----

@@ -28,7 +28,7 @@ from hf_embed.errors import InputError
 from hf_embed.evaluation.held_out import HeldOut
 from hf_embed.evaluation.sts import COLUMNS, STS, check_sts
 from hf_embed.evaluation.tasks import Task
-from hf_embed.library_internals import NOT_CALLED, uncompiled
+from hf_embed.library_internals import NOT_CALLED
 from hf_embed.objectives import OBJECTIVES, Objective, SimCSE, as_objective
 from hf_embed.objectives.base import NEEDS, parameters_of
 from hf_embed.pooling import uses_pooler
@@ -239,13 +239,12 @@ def as_model(
         )
     if isinstance(model, str | Path):
         model = load_to_train(str(model), args, dtype=torch.float32)
-    plain = uncompiled(model) if isinstance(model, nn.Module) else None
     if type(model).__module__.startswith("sentence_transformers."):
         raise InputError(
             f"the model is a {type(model).__name__} of sentence-transformers, and training would not change that object; give "
             'its folder or its name on the Hub, model="NAME", or save it first: model.save_pretrained("start")'
         )
-    if isinstance(model, type) or (model is not None and plain is None and not hasattr(model, "config")):
+    if isinstance(model, type) or (model is not None and not hasattr(model, "config")):
         mend = 'model="NAME" loads one' if not isinstance(model, nn.Module) else "for a wrapped model, give model.module"
         kind = described(model) if isinstance(model, type) else f"of the type {type(model).__name__}"
         raise InputError(f"the model is {kind}; give a PreTrainedModel, an Encoder, or a name or folder; {mend}")

@@ -147,17 +147,14 @@ def test_use_one_gpu(tmp_path):
     assert args.n_gpu == 1
 
 
-def test_same_accelerator(tmp_path):
+def test_accelerate_state(tmp_path):
     accelerator = Accelerator(cpu=True)
-    with internals.same_accelerator():
-        TrainingArguments(str(tmp_path), use_cpu=True)
-    assert accelerator.distributed_type == DistributedType.NO and accelerator.state.initialized
     kept = internals.accelerate_state()
     TrainingArguments(str(tmp_path), use_cpu=True)
     with pytest.raises(AttributeError):  # control
         accelerator.distributed_type  # noqa: B018
     internals.set_accelerate_state(kept)
-    assert accelerator.distributed_type == DistributedType.NO
+    assert accelerator.distributed_type == DistributedType.NO and accelerator.state.initialized
     with pytest.raises(ValueError, match="already been initialized"):  # control
         Accelerator(cpu=True, mixed_precision="bf16")
     internals.clear_accelerator_state()
@@ -238,16 +235,6 @@ def test_save_without_push(tmp_path):
     (tmp_path / "config.json").unlink()
     internals.save_without_push(trainer)
     assert trainer.pushed == 1 and (tmp_path / "config.json").is_file()
-
-
-def test_save_checkpoint(tmp_path):
-    trainer = plain_trainer(tmp_path)
-    trainer.create_optimizer_and_scheduler(4)
-    trainer.state.global_step = 3
-    internals.save_checkpoint(trainer, trainer.model, None)
-    assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"} <= {
-        path.name for path in (tmp_path / "checkpoint-3").iterdir()
-    }
 
 
 def test_methods_that_are_never_called_exist():
