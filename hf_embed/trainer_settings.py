@@ -6,10 +6,8 @@
 """
 
 import dataclasses
-import importlib.util
 import logging
 import math
-import os
 from typing import Any, cast
 
 import torch
@@ -129,11 +127,6 @@ def check_before(args: TrainingArguments) -> None:
     for name, reason in REFUSED.items():
         if changed_from_default(args, name):
             raise InputError(f"{name} is {getattr(args, name)!r}, which is not supported: {reason}; remove it")
-    for name, kind in (("optim", OptimizerNames), ("lr_scheduler_type", SchedulerType)):
-        try:
-            kind(getattr(args, name))
-        except ValueError as error:
-            raise InputError(f"{name}: {error}") from error
     for name in ("dataloader_multiprocessing_context", "dataloader_persistent_workers"):
         if getattr(args, name) and not args.dataloader_num_workers:
             raise InputError(f"{name} is {getattr(args, name)!r}, but there are no workers; set dataloader_num_workers")
@@ -148,9 +141,6 @@ def check_before(args: TrainingArguments) -> None:
             f"load_best_model_at_end needs an evaluation of each checkpoint, but eval_strategy is {evaluated} and "
             f"save_strategy is {saved}; set both to steps, with eval_steps and save_steps, or both to epoch"
         )
-    launched = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1", "yes")
-    if (args.deepspeed or launched) and importlib.util.find_spec("deepspeed") is None:
-        raise InputError("deepspeed is set, but the package is not installed; run pip install deepspeed")
 
 
 def check_after(args: TrainingArguments) -> None:
@@ -305,7 +295,7 @@ def check_reader(args: TrainingArguments, reader: str) -> None:
 
 
 def check_training(args: TrainingArguments, encoder: Encoder, batches: int, name: str) -> None:
-    """Raise InputError if the run would train nothing, or if it would never evaluate because `eval_delay` is too large.
+    """Raise InputError if the run would train nothing, or if the settings of the schedule do not suit its number of steps.
 
     Args:
         args: the settings of the training.
@@ -324,11 +314,6 @@ def check_training(args: TrainingArguments, encoder: Encoder, batches: int, name
     updates = math.ceil(batches / args.gradient_accumulation_steps)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * updates)
     check_schedule(args, steps)
-    end = {"no": math.inf, "steps": steps, "epoch": math.ceil(steps / updates)}[IntervalStrategy(args.eval_strategy).value]
-    if args.eval_delay > end:
-        raise InputError(
-            f"eval_delay is {args.eval_delay:g}, but the run ends at {end}, so nothing would be evaluated; set it to less"
-        )
 
 
 def warn_of_ignored(args: TrainingArguments, tasks: dict[str, Task]) -> None:
