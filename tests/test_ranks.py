@@ -77,6 +77,7 @@ for _ in range(1000):  # the threads of gloo still run these when the script has
 """
 
 
+@pytest.mark.slow
 def test_threads_of_gloo_do_not_abort_a_process_that_has_ended():
     def aborts(waits: bool) -> bool:
         run = subprocess.run([sys.executable, "-c", BUSY_AT_EXIT.format(waits=waits)], capture_output=True)
