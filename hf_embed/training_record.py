@@ -53,6 +53,7 @@ RESULT_SETTINGS = frozenset({
     "include_num_input_tokens_seen", "skip_memory_metrics",
 })  # fmt: skip
 UNNAMED = "data given in a script"
+OFF_BY_DEFAULT = {"activation_checkpointing", "gradient_checkpointing"}  # TrainingArguments turns their None into False
 SOURCE_SETTINGS = {"source_alpha", "small_sources", "shuffle_buffer_size"}  # settings that matter only with several sources
 
 
@@ -222,9 +223,8 @@ def changed_settings(objects: Iterable[Any], several_sources: bool) -> dict[str,
     found = {}
     for settings in objects:
         for field in dataclasses.fields(settings):
-            value, default = getattr(settings, field.name), default_of(field)
-            off = value is False and default is None  # TrainingArguments turns some defaults from None to False
-            if field.name in names and value != default and not off:
+            value, default = getattr(settings, field.name), False if field.name in OFF_BY_DEFAULT else default_of(field)
+            if field.name in names and value != default:
                 plain = value if isinstance(value, int | float | bool | list | dict) else str(value)
                 found[field.name] = shown(plain) if isinstance(plain, str) else plain  # it may be a path, such as `teacher`
     return found
