@@ -121,10 +121,6 @@ class CheckpointTrainer(HubTrainer):
         if checkpoint is None:
             raise InputError(f"No valid checkpoint found in output directory ({folder}): it has no checkpoint-N folder")
         if not latest:
-            if not (checkpoint / TRAINER_STATE_NAME).is_file():
-                raise InputError(
-                    f"{checkpoint}: there is no checkpoint ({TRAINER_STATE_NAME} does not exist); give a checkpoint-N folder"
-                )
             whole.check_whole(checkpoint)
         for line in resume.compare(checkpoint, whole.read_manifest(checkpoint)["run"], self.facts, self.args.allow_changed):
             logger.warning(line)

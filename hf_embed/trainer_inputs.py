@@ -227,8 +227,7 @@ def as_model(
     A model that is given by name is loaded as `Encoder.from_pretrained` loads it: with the settings of its folder, in float32.
 
     Raises:
-        InputError: if `model` is neither a model nor the name of one, if `tokenizer` is not a tokenizer, or if the model cannot
-            be loaded.
+        InputError: if `tokenizer` is not a tokenizer, if the model cannot be loaded, or if it is one of sentence-transformers.
     """
     if isinstance(tokenizer, str | Path):
         tokenizer = load_tokenizer(str(tokenizer))
@@ -244,10 +243,6 @@ def as_model(
             f"the model is a {type(model).__name__} of sentence-transformers, and training would not change that object; give "
             'its folder or its name on the Hub, model="NAME", or save it first: model.save_pretrained("start")'
         )
-    if isinstance(model, type) or (model is not None and not hasattr(model, "config")):
-        mend = 'model="NAME" loads one' if not isinstance(model, nn.Module) else "for a wrapped model, give model.module"
-        kind = described(model) if isinstance(model, type) else f"of the type {type(model).__name__}"
-        raise InputError(f"the model is {kind}; give a PreTrainedModel, an Encoder, or a name or folder; {mend}")
     return model, tokenizer
 
 

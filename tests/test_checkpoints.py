@@ -287,7 +287,7 @@ def test_a_trainer_falls_back_and_ends_with_the_same_weights(run, tmp_path, capl
 
 def test_resuming_without_a_checkpoint_is_refused(tmp_path):
     assert "No valid checkpoint found in output directory" in error_of(trainer(tmp_path / "new").train, True)
-    assert "there is no checkpoint" in error_of(trainer(tmp_path / "new").train, str(tmp_path))
+    assert "trainer_state.json does not exist" in error_of(trainer(tmp_path / "new").train, str(tmp_path))
 
 
 # ---- files that are whole and do not fit ----

@@ -235,10 +235,10 @@ class OwnWeights(torch.nn.Module):
     "given, parts",
     [
         ({"model": "no/such/model"}, ["model 'no/such/model' cannot be loaded"]),
-        ({"model": BertModel}, ["the model is the class BertModel", "PreTrainedModel"]),
-        ({"model": 3}, ["the model is of the type int", "PreTrainedModel"]),
+        ({"model": BertModel, "processing_class": small_tokenizer()}, ["the model is of the type type", "PreTrainedModel"]),
+        ({"model": 3, "processing_class": small_tokenizer()}, ["the model is of the type int", "PreTrainedModel"]),
         ({"model": None}, ["model=", "name or folder"]),
-        ({"model": torch.nn.Linear(2, 2)}, ["the type Linear", "PreTrainedModel"]),
+        ({"model": torch.nn.Linear(2, 2), "processing_class": small_tokenizer()}, ["the type Linear", "PreTrainedModel"]),
         ({"model": tiny_model(), "processing_class": lambda text: text}, ["processing_class is a function"]),
         ({"model": tiny_model(), "processing_class": None}, ["processing_class="]),
         ({"processing_class": type(small_tokenizer())}, ["processing_class is the class"]),
