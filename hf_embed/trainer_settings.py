@@ -127,6 +127,11 @@ def check_before(args: TrainingArguments) -> None:
     for name, reason in REFUSED.items():
         if changed_from_default(args, name):
             raise InputError(f"{name} is {getattr(args, name)!r}, which is not supported: {reason}; remove it")
+    for name, kind in (("optim", OptimizerNames), ("lr_scheduler_type", SchedulerType)):
+        try:
+            kind(getattr(args, name))
+        except ValueError as error:
+            raise InputError(f"{name}: {error}") from error
     for name in ("dataloader_multiprocessing_context", "dataloader_persistent_workers"):
         if getattr(args, name) and not args.dataloader_num_workers:
             raise InputError(f"{name} is {getattr(args, name)!r}, but there are no workers; set dataloader_num_workers")
