@@ -29,7 +29,6 @@ from hf_embed.hub_trainer import HubTrainer
 from hf_embed.library_internals import (
     first_step,
     in_mixed_precision,
-    keep_counts,
     run_folder,
     save_optimization,
     save_without_push,
@@ -41,7 +40,6 @@ from hf_embed.objectives import Objective
 from hf_embed.progress import hidden_bars, hidden_messages
 from hf_embed.read_files import read_json
 from hf_embed.step import TrainingStep
-from hf_embed.trainer_settings import METRIC_SCHEDULES
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +50,6 @@ REPLACED_MESSAGES = (
     "The best checkpoint ",
     "Warning: The following arguments do not match the ones in the `trainer_state.json`",
 )
-# Entries of a torch optimizer's state that have the shape of their weight.
-PARAMETER_SHAPED = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum", "square_avg")
 
 
 class CheckpointTrainer(HubTrainer):
@@ -99,7 +95,6 @@ class CheckpointTrainer(HubTrainer):
         checkpoint = None
         if resume_from_checkpoint:
             checkpoint = on_main(lambda: self.find_checkpoint(resume_from_checkpoint))
-            self.check_on_each_node(checkpoint)
         if self.args.should_save:
             safe_files.clear_leftovers(Path(str(self.args.output_dir)))
             self._finish_current_push()  # removes the copy that a killed run was uploading
@@ -126,10 +121,6 @@ class CheckpointTrainer(HubTrainer):
         if checkpoint is None:
             raise InputError(f"No valid checkpoint found in output directory ({folder}): it has no checkpoint-N folder")
         if not latest:
-            if not (checkpoint / TRAINER_STATE_NAME).is_file():
-                raise InputError(
-                    f"{checkpoint}: there is no checkpoint ({TRAINER_STATE_NAME} does not exist); give a checkpoint-N folder"
-                )
             whole.check_whole(checkpoint)
         for line in resume.compare(checkpoint, whole.read_manifest(checkpoint)["run"], self.facts, self.args.allow_changed):
             logger.warning(line)
@@ -140,13 +131,6 @@ class CheckpointTrainer(HubTrainer):
                 "start again"
             )
         return str(checkpoint)
-
-    def check_on_each_node(self, checkpoint: str) -> None:
-        """Raise InputError if a machine has its own copy of the checkpoint (`save_on_each_node`) and that copy is damaged."""
-        own = self.args.save_on_each_node and self.args.local_process_index == 0
-        for rank, reason in enumerate(gather_objects(whole.damage(Path(checkpoint)) if own else None)):
-            if reason is not None:
-                raise InputError(f"{checkpoint}, on the machine of rank {rank}: {reason}; give another checkpoint")
 
     # ---- saving ----
 
@@ -306,11 +290,6 @@ class CheckpointTrainer(HubTrainer):
         self.use_final_weights()
         if self.state.best_model_checkpoint is not None:
             self._settle_best(Path(self.state.best_model_checkpoint))
-        best = self.state.best_model_checkpoint
-        if best is not None and self.args.save_total_limit == 1 and self.args.should_save:
-            for path in whole.checkpoints_in(Path(run_folder(self, trial))):
-                if not path.samefile(best):  # Trainer would remove it file by file, which could leave a damaged checkpoint
-                    safe_files.remove(path)
         return super()._finalize_training(trial, num_train_samples, start_time)
 
     def _load_best_model(self) -> None:
@@ -345,31 +324,21 @@ class CheckpointTrainer(HubTrainer):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         optimizer, scheduler = cast(Any, self.optimizer), cast(Any, self.lr_scheduler)
-        settings = settings_of_groups(optimizer, self.args)
-        reads_metric = self.args.lr_scheduler_type in METRIC_SCHEDULES
-        rates, schedule = getattr(scheduler, "base_lrs", []), scheduler.state_dict() if reads_metric else {}
+        settings, base_rates = settings_of_groups(optimizer, self.args), getattr(scheduler, "base_lrs", [])
         try:
             super()._load_optimizer_and_scheduler(checkpoint)
         except Exception as error:
-            raise misfit(checkpoint, [OPTIMIZER_NAME, SCHEDULER_NAME], error) from error
-        check_shapes(checkpoint, getattr(optimizer, "optimizer", optimizer))  # accelerate wraps it
-        loaded = [group["lr"] for group in optimizer.param_groups]
-        cycled = ("momentum", "betas") if getattr(scheduler, "cycle_momentum", False) else ()  # the schedule sets them too
-        moved = [{name: group[name] for name in cycled if name in group} for group in optimizer.param_groups]
-        for group, given, rate, momentum in zip(optimizer.param_groups, settings, loaded, moved):
-            group.update(given | {"lr": rate} | momentum)
+            raise InputError(
+                f"{checkpoint}: {OPTIMIZER_NAME} and {SCHEDULER_NAME} do not fit this run ({in_short(error)}); give another "
+                "checkpoint"
+            ) from error
+        by_schedule = {"lr"}  # what the schedule sets, and not the settings
+        if getattr(scheduler, "cycle_momentum", False):
+            by_schedule |= {"momentum", "betas"}
+        for group, given in zip(optimizer.param_groups, settings):
+            group.update({name: value for name, value in given.items() if name not in by_schedule})
         if isinstance(scheduler, LambdaLR):
-            set_base_rates(scheduler, rates)
-        elif schedule:
-            given_rates = [given["lr"] for given in settings]
-            keep_counts(scheduler, schedule, metric_rates(checkpoint, self.facts, loaded, given_rates))
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        try:
-            super()._load_rng_state(checkpoint)
-        except Exception as error:
-            names = [path.name for path in Path(str(checkpoint)).glob("rng_state*.pth")]
-            raise misfit(str(checkpoint), names, error) from error
+            set_base_rates(scheduler, base_rates)
 
 
 def settings_of_groups(optimizer: Any, args: ContrastiveTrainingArguments) -> list[dict[str, Any]]:
@@ -385,39 +354,3 @@ def settings_of_groups(optimizer: Any, args: ContrastiveTrainingArguments) -> li
         {key: value for key, value in group.items() if key in known or (plain and key != "params")}
         for group in optimizer.param_groups
     ]
-
-
-# ---- checks of the files of a checkpoint ----
-
-
-def metric_rates(checkpoint: str, now: resume.Facts, loaded: list[float], given: list[float]) -> list[float]:
-    """Return the learning rates with which a schedule that reads a metric goes on, one for each parameter group.
-
-    Args:
-        checkpoint: the folder of the checkpoint.
-        now: the facts of the current run.
-        loaded: the rates in the checkpoint. They are scaled as the setting `learning_rate` has changed.
-        given: the rates of the current settings. They are used if the checkpoint's run had another schedule.
-    """
-    then = whole.read_manifest(Path(checkpoint))["run"]["settings"]
-    if then["lr_scheduler_type"] != now["settings"]["lr_scheduler_type"] or not then["learning_rate"]:
-        return given
-    return [rate * (now["settings"]["learning_rate"] / then["learning_rate"]) for rate in loaded]
-
-
-def misfit(checkpoint: str, names: list[str], error: Exception) -> InputError:
-    """Return the error for whole files whose content cannot be loaded into this run."""
-    return InputError(f"{checkpoint}: {' and '.join(names)} do not fit this run ({in_short(error)}); give another checkpoint")
-
-
-def check_shapes(checkpoint: str, optimizer: torch.optim.Optimizer) -> None:
-    """Raise InputError if the state of a torch optimizer does not have the shapes of its weights."""
-    if not type(optimizer).__module__.startswith("torch.optim"):
-        return
-    for parameter, state in optimizer.state.items():
-        for name in PARAMETER_SHAPED:
-            if name in state and state[name].shape != parameter.shape:
-                raise InputError(
-                    f"{Path(checkpoint, OPTIMIZER_NAME)}: {name} has the shape {tuple(state[name].shape)}, but its weight "
-                    f"has {tuple(parameter.shape)}; give another checkpoint"
-                )

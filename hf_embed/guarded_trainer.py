@@ -33,7 +33,6 @@ from hf_embed.library_internals import (
     first_step,
     made_schedule,
     run_folder,
-    save_checkpoint,
     set_accelerate_state,
 )
 from hf_embed.packing import copy_to
@@ -281,7 +280,7 @@ class GuardedTrainer(CheckpointTrainer):
             checkpoint = str(Path(run_folder(self, trial), f"{PREFIX_CHECKPOINT_DIR}-{step}"))
             if requests.saved_step != step:
                 self.watch.check(self.args, self.state, model, of_weights=True)
-                save_checkpoint(self, model, trial)
+                self._save_checkpoint(model, trial)
                 self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         self.accelerator.wait_for_everyone()
         logger.warning(how_to_go_on(number, step, checkpoint))
@@ -296,13 +295,6 @@ class GuardedTrainer(CheckpointTrainer):
             raise InputError(
                 "gradient_caching is as_needed, which is not supported with FSDP and DeepSpeed, because all processes must "
                 "recompute the same layers; set it to true or false"
-            )
-        layers = self.args.activation_checkpointing_kwargs or self.args.gradient_checkpointing_kwargs
-        reentrant = isinstance(layers, dict) and layers.get("use_reentrant")
-        if self.args.gradient_caching and self.args.device.type == "cpu" and reentrant:
-            raise InputError(
-                "activation_checkpointing_kwargs has use_reentrant=True, which gradient_caching does not support on a CPU; "
-                "remove it"
             )
 
     def begin_caching(self) -> bool | Activations:

@@ -35,17 +35,6 @@ NOT_CALLED = {
     "prediction_step": "evaluate",
     "evaluation_loop": "evaluate",
 }
-# Entries of the state of a learning-rate schedule that reads a metric. The other entries are its settings.
-COUNTED = (
-    "best",
-    "num_bad_epochs",
-    "num_good_epochs",
-    "cooldown_counter",
-    "warmup_counter",
-    "last_epoch",
-    "reset_start",
-    "_streaming_avg",
-)  # fmt: skip
 
 
 # ---- transformers: configs and models ----
@@ -97,16 +86,6 @@ def optional_file(name: str, file: str, **hub: Any) -> str | None:
 def use_one_gpu(args: TrainingArguments) -> None:
     """Prevent `Trainer` from wrapping the model in `DataParallel`, which it does if one process sees several GPUs."""
     args._n_gpu = 1
-
-
-@contextlib.contextmanager
-def same_accelerator() -> Iterator[None]:
-    """Keep accelerate's state of this process in a `with` block in which `TrainingArguments` are made, which empty it."""
-    kept = accelerate_state()
-    try:
-        yield
-    finally:
-        set_accelerate_state(kept)
 
 
 def accelerate_state() -> list[dict[str, Any]]:
@@ -168,11 +147,6 @@ def save_optimization(trainer: "Trainer", folder: str) -> None:
     trainer._save_rng_state(folder)
 
 
-def save_checkpoint(trainer: "Trainer", model: nn.Module, trial: Any) -> None:
-    """Save a checkpoint of the current step, with everything that a resumed run needs."""
-    trainer._save_checkpoint(model, trial)
-
-
 # ---- torch, datasets, argparse ----
 
 
@@ -184,23 +158,6 @@ def set_base_rates(scheduler: LambdaLR, rates: list[Any]) -> None:
     scheduler.base_lrs = rates
     scheduler._last_lr = [rate * factor(scheduler.last_epoch) for rate, factor in zip(rates, scheduler.lr_lambdas)]
     for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr):
-        group["lr"] = rate
-
-
-def keep_counts(scheduler: Any, settings: dict[str, Any], rates: list[float]) -> None:
-    """Give a resumed schedule that reads a metric new settings, and keep what it has counted so far.
-
-    If a smaller metric was better and a greater one is better now, or the other way round, the schedule counts anew.
-
-    Args:
-        scheduler: a `ReduceLROnPlateau` of torch or a `GreedyLR` of transformers, with the state of a checkpoint.
-        settings: the state of a new schedule with these settings.
-        rates: the learning rates with which it goes on, one for each parameter group.
-    """
-    loaded = scheduler.state_dict()
-    counted = {name: loaded[name] for name in COUNTED if name in loaded} if loaded["mode"] == settings["mode"] else {}
-    scheduler.load_state_dict(settings | counted | {"_last_lr": rates})
-    for group, rate in zip(scheduler.optimizer.param_groups, rates):
         group["lr"] = rate
 
 
@@ -245,13 +202,6 @@ def has_gradient_hook(tensor: Tensor) -> bool:
 def uncompiled(model: nn.Module) -> nn.Module | None:
     """Return the model that `torch.compile` was given; None if `model` is not compiled."""
     return model._orig_mod if isinstance(model, torch._dynamo.OptimizedModule) else None
-
-
-def compile_modes() -> list[str]:
-    """Return the modes of `torch.compile`."""
-    import torch._inductor  # takes a second
-
-    return list(torch._inductor.list_mode_options())
 
 
 def set_group_timeout(timeout: timedelta) -> None:

@@ -9,19 +9,17 @@ the mean. `log_history`, TensorBoard and the other loggers have all numbers.
 import sys
 from collections import Counter
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.training_args import TrainingArguments
 
 from hf_embed.evaluation.tasks import THRESHOLD, Task, metric_names
 from hf_embed.progress import duration, progress_bar
 from hf_embed.trainer_settings import METRIC_SCHEDULES
 from hf_embed.training_record import ends_training
-
-if TYPE_CHECKING:
-    from transformers.utils.notebook import NotebookProgressCallback
 
 GEOMETRY = ("alignment", "uniformity")
 # An evaluation set with one of these names is shown with its metric, to avoid confusion.
@@ -182,72 +180,11 @@ class Progress(Writer, ProgressCallback):
         self.current_step = 0
 
 
-def notebook_table(lines: LogLines) -> "NotebookProgressCallback":
-    """Return a callback for notebooks, whose table has a column for each number that the lines show.
-
-    It does not have the column for the validation loss that transformers' table has.
-    """
-    from IPython.display import HTML, display
-    from transformers.utils.notebook import NotebookProgressCallback, NotebookTrainingTracker, text_to_html_table
-
-    class NotebookTable(NotebookProgressCallback):
-        """Shows a progress bar of the steps, and a table with a row for each log or evaluation."""
-
-        def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-            super().on_train_begin(args, state, control, **kwargs)
-            self.training_tracker = NotebookTrainingTracker(state.max_steps, ["Step", "loss"])
-
-        def on_log(
-            self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict | None = None, **kwargs: Any
-        ) -> None:
-            if "loss" in (logs or {}) and not control.should_evaluate:
-                self.row(training_numbers(logs or {}, args, lines.geometry), state)
-
-        def on_evaluate(
-            self,
-            args: TrainingArguments,
-            state: TrainerState,
-            control: TrainerControl,
-            metrics: dict | None = None,
-            **kwargs: Any,
-        ) -> None:
-            last = state.log_history[-2] if len(state.log_history) > 1 else {}
-            loss = training_numbers(last, args, False) if "loss" in last and last["step"] == state.global_step else {}
-            self.row(loss | chief_metrics(metrics or {}, lines.tasks, lines.prefix), state)
-            if self.training_tracker is not None:
-                self.training_tracker.remove_child()
-
-        def row(self, numbers: dict[str, str], state: TrainerState) -> None:
-            """Show a row in the table of the training, or in a table of its own if no training is running."""
-            values: dict[str, Any] = {"Step": state.global_step} | numbers
-            if self.training_tracker is None:
-                display(HTML(text_to_html_table([list(values), list(values.values())])))
-                return
-            table = self.training_tracker.inner_table
-            table[0].extend(name for name in values if name not in table[0])
-            for row in table[1:]:
-                row.extend([""] * (len(table[0]) - len(row)))
-            same_step = dict(zip(table[0], table[-1])) if table[-1][0] == state.global_step else {}
-            self.training_tracker.write_line(dict.fromkeys(table[0], "") | same_step | values)
-
-    return NotebookTable()
-
-
 def show_lines(trainer: Trainer, tasks: Mapping[str, Task]) -> LogLines:
-    """Replace the callback with which `Trainer` prints its logs by one that shows lines. Return its `LogLines`."""
+    """Replace the callback with which `Trainer` prints its logs by one that prints lines. Return its `LogLines`."""
     lines = LogLines(tasks)
-    replaced: TrainerCallback
     if trainer.pop_callback(PrinterCallback):
-        replaced = Printer(lines)
-    elif trainer.pop_callback(ProgressCallback):
-        replaced = Progress(lines)
-    elif "transformers.utils.notebook" in sys.modules:
-        from transformers.utils.notebook import NotebookProgressCallback
-
-        if not trainer.pop_callback(NotebookProgressCallback):
-            return lines
-        replaced = notebook_table(lines)
-    else:
-        return lines
-    trainer.add_callback(replaced)
+        trainer.add_callback(Printer(lines))
+    elif trainer.pop_callback(DEFAULT_PROGRESS_CALLBACK):
+        trainer.add_callback(Progress(lines))
     return lines

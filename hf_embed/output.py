@@ -1,7 +1,6 @@
 """Check before the first step that a training run can write its output."""
 
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,8 +16,6 @@ from hf_embed.errors import InputError
 from hf_embed.step import TrainingStep
 
 logger = logging.getLogger(__name__)
-
-LOGS = "TENSORBOARD_LOGGING_DIR"  # where TensorBoard writes its files, instead of a folder in output_dir
 
 
 def check_output(
@@ -38,8 +35,6 @@ def check_output(
     problem = None
     try:
         check_folder(str(args.output_dir))
-        if LOGS in os.environ and "tensorboard" in (args.report_to or ()):
-            check_folder(os.path.expanduser(os.environ[LOGS]), LOGS)
         if trains:
             check_room(args, step, optimizer)
     except InputError as error:

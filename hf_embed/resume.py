@@ -7,6 +7,7 @@ checkpoint with that of the current run. What happens if one of these differs:
     trained parameters, optimizer, base model     error, because the tensors of the checkpoint would not fit
     number of ranks                               resume if every step still has the same rows, else as in the first line
     learning rate, schedule, batch size, seed ... resume with the new values, and warn
+    a schedule that reads the metric              error, because the schedule has changed the learning rate itself
     more epochs or steps                          resume
 """
 
@@ -14,7 +15,7 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,7 @@ from hf_embed.errors import InputError
 from hf_embed.objectives import Objective
 from hf_embed.objectives.base import FunctionObjective
 from hf_embed.tempscale import applied_tempscale
-from hf_embed.trainer_settings import NEED_A_MODEL
+from hf_embed.trainer_settings import METRIC_SCHEDULES, NEED_A_MODEL
 from hf_embed.training_record import settings_of
 
 if TYPE_CHECKING:
@@ -259,7 +260,7 @@ def check_ranks_alike(facts: list[Facts]) -> None:
     for of_rank in alike:
         of_rank["settings"] = of_rank["settings"] | {"seed": None}
     if other := [rank for rank, of_rank in enumerate(alike) if of_rank != alike[0]]:
-        changes = changes_of(alike[0], alike[other[0]], "is", f"on rank {other[0]}")
+        changes = changes_of(alike[0], alike[other[0]], None, "is", f"on rank {other[0]}")
         raise InputError(
             f"rank 0 differs from rank {', '.join(map(str, other))}: {'; '.join(changes[:3])}; give all ranks the same rows "
             "and settings"
@@ -301,9 +302,8 @@ def compare(checkpoint: Path, then: Facts, now: Facts, allow_changed: bool) -> l
 def run_changes(then: Facts, now: Facts) -> list[str]:
     """Describe the changes that `allow_changed` must permit: those of the model, the objective and the rows."""
     changes = [change for key in ("encoder", "objective") for change in changes_of(then[key], now[key])]
-    config, present_config = then["config"], now["config"]
-    common = config.keys() & present_config.keys()  # another version of transformers may have added or removed entries
-    changes += changes_of({key: config[key] for key in common}, {key: present_config[key] for key in common})
+    common = then["config"].keys() & now["config"].keys()  # another version of transformers may have added or removed entries
+    changes += changes_of(then["config"], now["config"], common)
     retokenized = {"max_length", "prompts"} & changed_keys(then["encoder"], now["encoder"])
     data, present_data = (without_content(facts["data"], bool(retokenized)) for facts in (then, now))
     changes += changes_of(data, present_data)
@@ -313,7 +313,7 @@ def run_changes(then: Facts, now: Facts) -> list[str]:
 
 
 def check_fit(checkpoint: Path, then: Facts, now: Facts, changes: list[str]) -> None:
-    """Raise InputError if the checkpoint's tensors do not fit the current model and optimizer.
+    """Raise InputError if the tensors or the schedule of the checkpoint do not fit the current run.
 
     If parameters differ, the message also lists the other `changes`, because they may be the cause.
     """
@@ -332,6 +332,13 @@ def check_fit(checkpoint: Path, then: Facts, now: Facts, changes: list[str]) -> 
         raise InputError(
             f"{checkpoint}: the optimizer was {then['optimizer']} and is {now['optimizer']}, so its saved state cannot "
             "be loaded; use the earlier one, or start again in another folder"
+        )
+    schedules = {then["settings"]["lr_scheduler_type"], now["settings"]["lr_scheduler_type"]}
+    told = changes_of(then["settings"], now["settings"], {"learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs"})
+    if told and not schedules.isdisjoint(METRIC_SCHEDULES):
+        raise InputError(
+            f"{checkpoint}: {'; '.join(told)}, but a schedule that reads the metric cannot be changed when a run is resumed; "
+            "restore these settings, or start again in another folder"
         )
 
 
@@ -394,7 +401,7 @@ def changes_to_warn_about(then: Facts, now: Facts) -> list[str]:
     """
     before, present = then["settings"], now["settings"]
     names = (before.keys() & present.keys()) - ({"per_device_train_batch_size"} if then["ranks"] != now["ranks"] else set())
-    return changes_of({name: before[name] for name in names}, {name: present[name] for name in names})
+    return changes_of(before, present, names)
 
 
 def changed_keys(then: Mapping[str, Any], now: Mapping[str, Any]) -> set[str]:
@@ -402,13 +409,16 @@ def changed_keys(then: Mapping[str, Any], now: Mapping[str, Any]) -> set[str]:
     return {key for key in {*then, *now} if (key in then) != (key in now) or then[key] != now[key]}
 
 
-def changes_of(then: Facts, now: Facts, was: str = "was", is_: str = "is") -> list[str]:
-    """Describe each difference of two sets of facts: "pooling was mean and is cls". Nested differences begin with their key."""
+def changes_of(then: Facts, now: Facts, names: Collection[str] | None = None, was: str = "was", is_: str = "is") -> list[str]:
+    """Describe each difference of two sets of facts: "pooling was mean and is cls". Nested differences begin with their key.
+
+    `names` are the facts to compare. Default: all.
+    """
     told = []
-    for key in sorted(changed_keys(then, now)):
+    for key in sorted(changed_keys(then, now) if names is None else changed_keys(then, now) & set(names)):
         before, present = then.get(key), now.get(key)
         if isinstance(before, dict) and isinstance(present, dict):
-            told += [f"{key}: {change}" for change in changes_of(before, present, was, is_)]
+            told += [f"{key}: {change}" for change in changes_of(before, present, None, was, is_)]
         elif key == "content":
             told.append("their content differs")
         elif isinstance(before, dict) or isinstance(present, dict):

@@ -127,7 +127,7 @@ class ContrastiveTrainer(GuardedTrainer):
         compute_metrics: Callable[[EvalPrediction], Mapping[str, float]] | None = None,
         **unknown: Any,
     ):
-        inputs.refuse_unknown(unknown, list(ContrastiveTrainer.__init__.__annotations__))
+        inputs.refuse_unknown(unknown)
         tasks = inputs.with_metrics(inputs.as_tasks(eval_dataset), compute_metrics)
         args = inputs.as_arguments(args, tasks)
         check_settings(args, tasks)
@@ -159,7 +159,7 @@ class ContrastiveTrainer(GuardedTrainer):
             train_dataset=tokens,
             eval_dataset=tasks or None,
             processing_class=self.encoder.tokenizer,
-            callbacks=[self.watch, *inputs.checked_callbacks(callbacks)],
+            callbacks=[self.watch, *(callbacks or [])],
             optimizers=optimizers,
         )
         self.step.sharded = self.sharded

@@ -1,7 +1,6 @@
 """Checks and conversions of the arguments of `ContrastiveTrainer`. Anything else is refused with a one-line message."""
 
 import copy
-import difflib
 import inspect
 import logging
 from collections.abc import Callable, Mapping
@@ -13,7 +12,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
-from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.optimization import GreedyLR
 
 from hf_embed.arguments import ContrastiveTrainingArguments
@@ -29,7 +28,7 @@ from hf_embed.errors import InputError
 from hf_embed.evaluation.held_out import HeldOut
 from hf_embed.evaluation.sts import COLUMNS, STS, check_sts
 from hf_embed.evaluation.tasks import Task
-from hf_embed.library_internals import NOT_CALLED, uncompiled
+from hf_embed.library_internals import NOT_CALLED
 from hf_embed.objectives import OBJECTIVES, Objective, SimCSE, as_objective
 from hf_embed.objectives.base import NEEDS, parameters_of
 from hf_embed.pooling import uses_pooler
@@ -100,7 +99,7 @@ def first_model(model: Model | None, model_init: Callable[..., Model] | None, op
     return model_init(None) if parameters else model_init()
 
 
-def refuse_unknown(arguments: Mapping[str, object], known: list[str]) -> None:
+def refuse_unknown(arguments: Mapping[str, object]) -> None:
     """Refuse arguments that the trainer does not have.
 
     Raises:
@@ -110,9 +109,7 @@ def refuse_unknown(arguments: Mapping[str, object], known: list[str]) -> None:
     for name in arguments:
         if name in ELSEWHERE:
             raise InputError(f"ContrastiveTrainer has no argument {name}: {ELSEWHERE[name]}")
-        close = difflib.get_close_matches(name, known, 1)
-        hint = f"; did you mean '{close[0]}'?" if close else ""
-        raise TypeError(f"ContrastiveTrainer got an unexpected keyword argument '{name}'{hint}")
+        raise TypeError(f"ContrastiveTrainer got an unexpected keyword argument '{name}'")
 
 
 def refuse_uncalled(kind: type) -> None:
@@ -124,7 +121,7 @@ def refuse_uncalled(kind: type) -> None:
             )
 
 
-# ---- args, objective, callbacks, optimizers ----
+# ---- args, objective, optimizers ----
 
 
 def as_arguments(args: TrainingArguments | None, tasks: Mapping[str, Task]) -> ContrastiveTrainingArguments:
@@ -142,26 +139,18 @@ def as_arguments(args: TrainingArguments | None, tasks: Mapping[str, Task]) -> C
         return settled(copy.copy(args))
     if isinstance(args, TrainingArguments):
         return settled(ContrastiveTrainingArguments.of(args, any(task.kind == HeldOut.kind for task in tasks.values())))
-    text = f'ContrastiveTrainingArguments("{args}")' if isinstance(args, str | Path) else "ContrastiveTrainingArguments(...)"
-    raise InputError(f"args is {described(args)}; give {text}, or plain TrainingArguments")
+    raise InputError(f"args is {described(args)}; give ContrastiveTrainingArguments(...), or plain TrainingArguments")
 
 
 def settled(args: ContrastiveTrainingArguments) -> ContrastiveTrainingArguments:
     """Return the copied arguments, without what Trainer would change in the caller's object or count wrongly.
 
     Raises:
-        InputError: if two settings accumulate gradients.
+        InputError: if the settings of accelerate accumulate gradients.
     """
-    accelerate: Any = args.accelerator_config
-    given = dict(accelerate.gradient_accumulation_kwargs or {})  # Trainer writes to it
-    steps = given.pop("num_steps", args.gradient_accumulation_steps)
-    if args.gradient_accumulation_steps not in (1, steps):
-        raise InputError(
-            f"accelerator_config: num_steps is {steps!r}, but gradient_accumulation_steps is "
-            f"{args.gradient_accumulation_steps}; remove one of them"
-        )
-    args.gradient_accumulation_steps = steps
-    args.accelerator_config = replace(accelerate, gradient_accumulation_kwargs=given or None)
+    args.accelerator_config = copy.deepcopy(args.accelerator_config)  # Trainer writes to it
+    if "num_steps" in (cast(Any, args.accelerator_config).gradient_accumulation_kwargs or {}):
+        raise InputError("accelerator_config: num_steps is not supported; set gradient_accumulation_steps")
     if args.include_num_input_tokens_seen == "non_padding":
         # A batch has no padding. Trainer would not count tokens that are also the tokenizer's padding token.
         args.include_num_input_tokens_seen = "all"
@@ -172,18 +161,12 @@ def checked_objective(objective: Objective | Callable[..., Tensor] | None) -> Ob
     """Return the loss as an `Objective`; the default is SimCSE.
 
     Raises:
-        InputError: if it is a text or a class, or cannot be called with the arguments in `CALLED_WITH`.
+        InputError: if it is a class, or cannot be called with the arguments in `CALLED_WITH`.
     """
     if objective is None:
         return SimCSE()
-    if isinstance(objective, str):
-        names = {name.lower(): name for name in OBJECTIVES}
-        close = difflib.get_close_matches(objective.lower(), names, 1)
-        raise InputError(f"objective is the text {objective!r}; give an instance, {names[close[0]] if close else 'SimCSE'}()")
-    if isinstance(objective, type):
-        raise InputError(f"objective is {described(objective)}; give an instance, {objective.__name__}()")
-    if not callable(objective):
-        raise InputError(f"objective is {described(objective)}; give {', '.join(OBJECTIVES)}, or a function")
+    if isinstance(objective, type) or not callable(objective):
+        raise InputError(f"objective is {described(objective)}; give an instance, for example SimCSE(), or a function")
     if not isinstance(objective, Objective):
         called = objective.forward if isinstance(objective, nn.Module) else objective
         try:
@@ -199,20 +182,6 @@ def checked_objective(objective: Objective | Callable[..., Tensor] | None) -> Ob
     return as_objective(objective)
 
 
-def checked_callbacks(callbacks: object) -> list[TrainerCallback]:
-    """Return the callbacks as a list; a single callback is also accepted.
-
-    Raises:
-        InputError: if one of them is not a TrainerCallback.
-    """
-    given = [] if callbacks is None else list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
-    for callback in given:
-        kind = callback if isinstance(callback, type) else type(callback)
-        if not issubclass(kind, TrainerCallback):
-            raise InputError(f"callbacks holds {described(callback)}; give a list of objects of transformers' TrainerCallback")
-    return cast(list[TrainerCallback], given)
-
-
 def checked_optimizers(optimizers: object, args: TrainingArguments) -> tuple[torch.optim.Optimizer | None, Any]:
     """Return the optimizer and the learning-rate schedule.
 
@@ -225,10 +194,6 @@ def checked_optimizers(optimizers: object, args: TrainingArguments) -> tuple[tor
             f"optimizers is {described(optimizers)}; give the pair (optimizer, schedule), with None for one that the trainer "
             "creates"
         )
-    if pair[0] is not None and not isinstance(pair[0], torch.optim.Optimizer) and not hasattr(pair[0], "param_groups"):
-        raise InputError(f"optimizers: {described(pair[0])} is not an optimizer; give an object of torch.optim, or None")
-    if pair[1] is not None and not hasattr(pair[1], "get_last_lr"):
-        raise InputError(f"optimizers: {described(pair[1])} is not a learning-rate schedule; give one of torch.optim, or None")
     check_schedule_of(*pair)
     if isinstance(pair[1], ReduceLROnPlateau | GreedyLR):
         kind, wanted = f"optimizers: {type(pair[1]).__name__}", "max" if args.greater_is_better else "min"
@@ -262,8 +227,7 @@ def as_model(
     A model that is given by name is loaded as `Encoder.from_pretrained` loads it: with the settings of its folder, in float32.
 
     Raises:
-        InputError: if `model` is neither a model nor the name of one, if `tokenizer` is not a tokenizer, or if the model cannot
-            be loaded.
+        InputError: if `tokenizer` is not a tokenizer, if the model cannot be loaded, or if it is one of sentence-transformers.
     """
     if isinstance(tokenizer, str | Path):
         tokenizer = load_tokenizer(str(tokenizer))
@@ -274,16 +238,11 @@ def as_model(
         )
     if isinstance(model, str | Path):
         model = load_to_train(str(model), args, dtype=torch.float32)
-    plain = uncompiled(model) if isinstance(model, nn.Module) else None
     if type(model).__module__.startswith("sentence_transformers."):
         raise InputError(
             f"the model is a {type(model).__name__} of sentence-transformers, and training would not change that object; give "
             'its folder or its name on the Hub, model="NAME", or save it first: model.save_pretrained("start")'
         )
-    if isinstance(model, type) or (model is not None and plain is None and not hasattr(model, "config")):
-        mend = 'model="NAME" loads one' if not isinstance(model, nn.Module) else "for a wrapped model, give model.module"
-        kind = described(model) if isinstance(model, type) else f"of the type {type(model).__name__}"
-        raise InputError(f"the model is {kind}; give a PreTrainedModel, an Encoder, or a name or folder; {mend}")
     return model, tokenizer
 
 

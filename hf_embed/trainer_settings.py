@@ -6,14 +6,11 @@
 """
 
 import dataclasses
-import importlib.util
 import logging
 import math
-import os
 from typing import Any, cast
 
 import torch
-from accelerate.utils import DynamoBackend
 from transformers import SchedulerType, Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
@@ -26,7 +23,7 @@ from hf_embed.errors import InputError
 from hf_embed.evaluation.held_out import HeldOut
 from hf_embed.evaluation.sts import STS
 from hf_embed.evaluation.tasks import Task, main_metric, metric_names
-from hf_embed.library_internals import compile_modes, use_one_gpu
+from hf_embed.library_internals import use_one_gpu
 from hf_embed.ranges import COUNT, POSITIVE, SEED, Range, check_ranges, out_of_range
 
 logger = logging.getLogger(__name__)
@@ -93,10 +90,6 @@ OTHERS = {
     "multi_dataset_batch_sampler": "remove it: ContrastiveTrainingArguments(source_alpha=) sets how often a source is drawn",
 }
 
-# The keys of `activation_checkpointing_kwargs`: of transformers, and of `torch.utils.checkpoint.checkpoint`.
-RECOMPUTING = {"every_n_layers", "offload", "use_reentrant", "preserve_rng_state", "context_fn", "determinism_check", "debug"}
-RECOMPUTING |= {"early_stop"}
-
 OF_GEOMETRY = ("alignment", "uniformity")  # the ends of metric names of which transformers would take the greatest value
 LOWER_IS_BETTER = ("loss", *OF_GEOMETRY)  # the ends of all metric names of which a smaller value is better
 METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")  # learning-rate schedules that read the evaluation metric
@@ -153,9 +146,6 @@ def check_before(args: TrainingArguments) -> None:
             f"load_best_model_at_end needs an evaluation of each checkpoint, but eval_strategy is {evaluated} and "
             f"save_strategy is {saved}; set both to steps, with eval_steps and save_steps, or both to epoch"
         )
-    launched = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1", "yes")
-    if (args.deepspeed or launched) and importlib.util.find_spec("deepspeed") is None:
-        raise InputError("deepspeed is set, but the package is not installed; run pip install deepspeed")
 
 
 def check_after(args: TrainingArguments) -> None:
@@ -164,9 +154,6 @@ def check_after(args: TrainingArguments) -> None:
     for name, (harmless, reason) in LOADER.items():
         if (value := getattr(loader, name)) not in harmless:
             raise InputError(f"accelerator_config: {name} is {value!r}, which is not supported: {reason}; remove it")
-    steps = (loader.gradient_accumulation_kwargs or {}).get("num_steps", 1)
-    if steps not in COUNT:
-        raise out_of_range("accelerator_config: num_steps", steps, COUNT)
     if args.mixed_precision == "fp16" and args.device.type == "cpu":
         raise InputError("fp16 is set, but it is not supported on a CPU, which would compute in float32; use bf16, or neither")
     for name in args.report_to or []:
@@ -178,36 +165,10 @@ def check_after(args: TrainingArguments) -> None:
         raise InputError("save_strategy is best, but eval_strategy is no, so nothing would be saved; set eval_strategy")
     if not args.dataloader_in_order and args.world_size > 1:
         raise InputError("dataloader_in_order is False, so processes could train on different batches in a step; remove it")
-    check_recomputing(args)
-    check_compiling(args)
+    if args.activation_checkpointing_kwargs and not args.activation_checkpointing:
+        raise InputError("activation_checkpointing_kwargs is set, but activation_checkpointing is False; set it to True")
     check_optimizer(args)
     check_schedule(args, args.max_steps if args.max_steps > 0 else None)
-
-
-def check_recomputing(args: TrainingArguments) -> None:
-    """Raise InputError if `activation_checkpointing_kwargs` has no effect, or holds what the first step would refuse."""
-    given: Any = args.activation_checkpointing_kwargs or {}
-    name = "activation_checkpointing_kwargs"
-    if not isinstance(given, dict):
-        raise InputError(f"{name} is {given!r}; give a dict, for example {{'every_n_layers': 2}}")
-    if given and not args.activation_checkpointing:
-        raise InputError(f"{name} is {given!r}, but activation_checkpointing is False; set it to True")
-    if unknown := set(given) - RECOMPUTING:
-        raise InputError(f"{name}: unknown key {min(map(str, unknown))}; the keys are {', '.join(sorted(RECOMPUTING))}")
-    if (every := given.get("every_n_layers", 1)) not in COUNT:
-        raise out_of_range(f"{name}: every_n_layers", every, COUNT)
-    if given.get("offload") and args.device.type == "cpu":
-        raise InputError(f"{name}: offload moves activations from a GPU to the CPU, but the model is on the CPU; remove it")
-
-
-def check_compiling(args: TrainingArguments) -> None:
-    """Raise InputError if the backend or the mode of `torch_compile` is unknown."""
-    backends = [backend.lower() for backend in DynamoBackend.__members__]
-    backend, mode = args.torch_compile_backend, args.torch_compile_mode
-    if backend is not None and backend.lower() not in backends:
-        raise InputError(f"torch_compile_backend is {backend!r}; it must be one of {', '.join(backends)}")
-    if mode is not None and mode not in (modes := compile_modes()):
-        raise InputError(f"torch_compile_mode is {mode!r}; it must be one of {', '.join(modes)}")
 
 
 def check_optimizer(args: TrainingArguments) -> None:
@@ -339,7 +300,7 @@ def check_reader(args: TrainingArguments, reader: str) -> None:
 
 
 def check_training(args: TrainingArguments, encoder: Encoder, batches: int, name: str) -> None:
-    """Raise InputError if the run would train nothing, or if it would never evaluate because `eval_delay` is too large.
+    """Raise InputError if the run would train nothing, or if the settings of the schedule do not suit its number of steps.
 
     Args:
         args: the settings of the training.
@@ -358,11 +319,6 @@ def check_training(args: TrainingArguments, encoder: Encoder, batches: int, name
     updates = math.ceil(batches / args.gradient_accumulation_steps)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * updates)
     check_schedule(args, steps)
-    end = {"no": math.inf, "steps": steps, "epoch": math.ceil(steps / updates)}[IntervalStrategy(args.eval_strategy).value]
-    if args.eval_delay > end:
-        raise InputError(
-            f"eval_delay is {args.eval_delay:g}, but the run ends at {end}, so nothing would be evaluated; set it to less"
-        )
 
 
 def warn_of_ignored(args: TrainingArguments, tasks: dict[str, Task]) -> None:

@@ -23,10 +23,9 @@ from hf_embed.errors import masked
 from hf_embed.evaluation.held_out import HeldOutLoss
 from hf_embed.evaluation.sts import STS
 from hf_embed.evaluation.tasks import THRESHOLD, Task, finite_mean, main_metric
-from hf_embed.library_internals import same_accelerator
 from hf_embed.objectives import Matryoshka, Objective
 from hf_embed.objectives.base import FunctionObjective
-from hf_embed.trainer_settings import LOWER_IS_BETTER
+from hf_embed.trainer_settings import LOWER_IS_BETTER, default_of
 from hf_embed.version import __version__
 
 if TYPE_CHECKING:
@@ -54,6 +53,7 @@ RESULT_SETTINGS = frozenset({
     "include_num_input_tokens_seen", "skip_memory_metrics",
 })  # fmt: skip
 UNNAMED = "data given in a script"
+OFF_BY_DEFAULT = {"activation_checkpointing", "gradient_checkpointing"}  # TrainingArguments turns their None into False
 SOURCE_SETTINGS = {"source_alpha", "small_sources", "shuffle_buffer_size"}  # settings that matter only with several sources
 
 
@@ -222,12 +222,9 @@ def changed_settings(objects: Iterable[Any], several_sources: bool) -> dict[str,
         names -= {"num_train_epochs"}
     found = {}
     for settings in objects:
-        kind = type(settings)  # compare with an object of defaults, because `__post_init__` fills some of them in
-        with same_accelerator():
-            defaults = kind("unused") if issubclass(kind, ContrastiveTrainingArguments) else kind()
-        for field in dataclasses.fields(kind):
-            value = getattr(settings, field.name)
-            if field.name in names and value != getattr(defaults, field.name):
+        for field in dataclasses.fields(settings):
+            value, default = getattr(settings, field.name), False if field.name in OFF_BY_DEFAULT else default_of(field)
+            if field.name in names and value != default:
                 plain = value if isinstance(value, int | float | bool | list | dict) else str(value)
                 found[field.name] = shown(plain) if isinstance(plain, str) else plain  # it may be a path, such as `teacher`
     return found

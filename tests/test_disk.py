@@ -30,7 +30,6 @@ from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, 
 from hf_embed.data import cache
 from hf_embed.data.sources import read_file, unformatted
 from hf_embed.disk import DiskError, check_folder, check_output_file, disk_errors, lack_of_room
-from hf_embed.output import check_output
 from hf_embed.safe_files import is_sealed, seal_of, write_text, writing
 
 matplotlib.use("Agg")
@@ -503,15 +502,6 @@ def test_an_encoder_that_does_not_fit_leaves_the_old_one(small_disk):
     small_disk("size=16m")
     other.save_pretrained(str(folder / "model"))
     assert (folder / "model" / "model.safetensors").read_bytes() != before[folder / "model" / "model.safetensors"]
-
-
-def test_the_folder_of_the_logs_is_checked(tmp_path, monkeypatch):
-    args = ContrastiveTrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(ROOT / "setup.cfg"))
-    check_output(args, trainer_in(tmp_path).step, None, trains=False)
-    args.report_to = ["tensorboard"]  # TensorBoard need not be installed
-    message = error_of(check_output, args, trainer_in(tmp_path).step, None)
-    assert message == f"TENSORBOARD_LOGGING_DIR {ROOT / 'setup.cfg'}: this is a file; give a folder"
 
 
 def test_a_script_s_full_disk_is_our_error(small_disk, caplog):

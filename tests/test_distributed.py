@@ -254,6 +254,7 @@ def test_zero_2_in_the_precision_of_its_file(tmp_path, monkeypatch):
     assert relative_error({name: tensor.float() for name, tensor in two.items()}, one) < 1e-2
 
 
+@pytest.mark.slow  # tests/test_ranks.py has a faster one
 def test_a_killed_rank_ends_the_run(tmp_path):
     """The run ends with an error and in bounded time. The other rank does not wait for the killed one."""
     rows = [json.dumps(row) for row in rows_with(1)]

@@ -1,4 +1,4 @@
-"""Test what a user sees of a run: one line per log or evaluation in a file, on a terminal and in a notebook.
+"""Test what a user sees of a run: one line per log or evaluation, in a file, on a terminal and in a notebook.
 
 The progress bars are tested too.
 """
@@ -17,10 +17,10 @@ import transformers.trainer
 from conftest import tiny_model
 from datasets import Dataset
 from test_trainer import ROWS, trainer
-from transformers import AutoModel, PrinterCallback, ProgressCallback, TrainerState
+from transformers import AutoModel, PrinterCallback, ProgressCallback, TrainerCallback, TrainerState
 from worker import STS
 
-from hf_embed import ContrastiveTrainingArguments, PairClassification, Retrieval
+from hf_embed import ContrastiveTrainingArguments, PairClassification, Retrieval, log_lines
 from hf_embed.log_lines import LogLines, Printer, Progress, digits, summary
 from hf_embed.progress import bars_shown, duration, hidden_bars, progress_bar, quiet_libraries
 
@@ -183,51 +183,14 @@ def test_what_people_remove_is_there_to_be_removed(tmp_path, capsys, quiet):
     assert capsys.readouterr().out == ""
 
 
-# ---- a notebook ----
+def test_a_notebook_gets_the_lines_in_place_of_the_table_of_transformers(tmp_path, monkeypatch):
+    class Table(TrainerCallback):
+        pass
 
-
-@pytest.fixture
-def notebook(monkeypatch):
-    """Use Trainer's callback for notebooks with a fake IPython, and return the list of what it displays."""
-    shown = []
-    display = types.ModuleType("IPython.display")
-    display.HTML = lambda html: html
-    display.display = lambda html, display_id=None: shown.append(html) or types.SimpleNamespace(update=shown.append)
-    ipython = types.ModuleType("IPython")
-    ipython.display = display
-    monkeypatch.setitem(sys.modules, "IPython", ipython)
-    monkeypatch.setitem(sys.modules, "IPython.display", display)
-    monkeypatch.delitem(sys.modules, "transformers.utils.notebook", raising=False)
-    from transformers.utils.notebook import NotebookProgressCallback
-
-    monkeypatch.setattr(transformers.trainer, "DEFAULT_PROGRESS_CALLBACK", NotebookProgressCallback)
-    yield shown
-    sys.modules.pop("transformers.utils.notebook", None)
-
-
-def rows_of(html: str) -> list[list[str]]:
-    rows = [re.findall(r"<t[hd]>(.*?)</t[hd]>", row, re.DOTALL) for row in html.split("<tr")[1:]]
-    return [[cell.strip() for cell in row] for row in rows]
-
-
-@pytest.mark.parametrize("strategy", ["steps", "epoch", "no"])
-def test_the_table_of_a_notebook(tmp_path, notebook, capsys, strategy):
-    settings = {"eval_strategy": strategy, "logging_steps": 1, "max_steps": -1, "num_train_epochs": 2, "disable_tqdm": False}
-    sets = SETS if strategy != "no" else None
-    run = trainer(tmp_path, eval_dataset=sets, **settings, **({"eval_steps": 2} if strategy == "steps" else {}))
-    if sets:
-        run.evaluate()
-        assert rows_of(notebook[-1])[0] == ["Step", "stsb", "sick", "mean spearman", "alignment", "uniformity"]
-    run.train()
-    head, *rows = rows_of(notebook[-1])
-    names = ["stsb", "sick", "mean spearman"] if sets else []
-    assert head == ["Step", "loss", *names, "alignment", "uniformity"]
-    assert [row[0] for row in rows] == [str(step) for step in range(1, 7)]
-    assert all(row[1] for row in rows)  # each row has its loss
-    if sets:
-        evaluated = {"steps": [2, 4, 6], "epoch": [3, 6]}[strategy]
-        assert [int(row[0]) for row in rows if len(row) > 2 and row[2]] == evaluated
-    assert capsys.readouterr().out == ""
+    for module in (transformers.trainer, log_lines):
+        monkeypatch.setattr(module, "DEFAULT_PROGRESS_CALLBACK", Table)
+    kinds = [type(callback) for callback in trainer(tmp_path, disable_tqdm=False).callback_handler.callbacks]
+    assert Progress in kinds and Table not in kinds
 
 
 # ---- progress bars ----

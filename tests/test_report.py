@@ -49,6 +49,7 @@ def test_what_is_changed_and_matters():
     assert {key: value for key, value in changed(plan(rows, **settings)).items() if key != "optim"} == of_one_set
     assert "source_alpha" in changed(plan([], **settings)) and "optim" in changed(plan([], **settings))
     assert "num_train_epochs" not in changed(plan(rows, max_steps=5, **settings))
+    assert changed(plan(rows, normalize=False)) == {"dropout": 0.2, "normalize": False}  # None is another setting
     assert changed(plan(rows, PositiveArguments("crop:0.1"))) == {"dropout": 0.2, "positive": "crop:0.1"}
 
 

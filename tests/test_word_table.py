@@ -200,6 +200,7 @@ def test_models(architecture, monkeypatch):
     assert expected[1].abs().sum() > 0
 
 
+@pytest.mark.slow
 def test_a_compiled_step_has_the_same_gradients():
     """BUG: with a padded model, gradient caching and torch.compile, the table had lost its `forward`."""
     model = tiny_model("mpnet", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_hidden_layers=1)
