@@ -41,6 +41,7 @@ LAYOUTS = [
 # Pairs of two texts of the same kind. If a column of labels says which pairs match, `hf_embed.data.labeled` reads them.
 INFERENCE = ("premise", "hypothesis")  # without a label, the relation between the two is unknown
 ALIKE = [
+    ("sentence0", "sentence1"),
     ("sentence1", "sentence2"),
     ("sentencea", "sentenceb"),
     ("question1", "question2"),
