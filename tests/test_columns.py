@@ -33,6 +33,7 @@ LAYOUTS = [
     (["title", "abstract"], None, ["title", "abstract"]),
     (["title", "text"], True, ["title", "text"]),
     (["title", "text"], None, ["text"]),  # a corpus of single texts, unless a pair is required
+    (["text", "simplified"], None, ["text"]),
     (["anchor", "entailment"], None, ["anchor", "entailment"]),
     (["premise", "contradiction", "entailment"], None, ["premise", "entailment", "contradiction"]),
     (["summary", "article"], None, ["summary", "article"]),
@@ -57,7 +58,8 @@ LAYOUTS = [
 def test_known_layouts_are_recognized(found, paired, taken, caplog):
     assert text_columns(found, "rows", paired) == taken
     unused = [column for column in found if column not in taken]
-    assert caplog.messages == ([f"rows: columns {', '.join(unused)} are not used"] if unused else [])
+    alone = f"; each row is a single text, '{taken[0]}'" if paired is None and len(taken) == 1 else ""
+    assert caplog.messages == ([f"rows: columns {', '.join(unused)} are not used{alone}"] if unused else [])
 
 
 AMBIGUOUS = [

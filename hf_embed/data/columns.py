@@ -144,7 +144,8 @@ def text_columns(names: list[str], name: str, paired: bool | None = None, scores
     if len(columns) > 1:
         refuse_judgements(ignored, name)
     if ignored:
-        logger.warning(f"{name}: columns {', '.join(ignored)} are not used")
+        alone = f"; each row is a single text, '{columns[0]}'" if paired is None and len(columns) == 1 else ""
+        logger.warning(f"{name}: columns {', '.join(ignored)} are not used{alone}")
     return columns
 
 
