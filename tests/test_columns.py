@@ -33,12 +33,14 @@ LAYOUTS = [
     (["title", "abstract"], None, ["title", "abstract"]),
     (["title", "text"], True, ["title", "text"]),
     (["title", "text"], None, ["text"]),  # a corpus of single texts, unless a pair is required
+    (["text", "simplified"], None, ["text"]),
     (["anchor", "entailment"], None, ["anchor", "entailment"]),
     (["premise", "contradiction", "entailment"], None, ["premise", "entailment", "contradiction"]),
     (["summary", "article"], None, ["summary", "article"]),
     (["caption1", "caption2"], None, ["caption1", "caption2"]),
     (["sentence1", "sentence2"], True, ["sentence1", "sentence2"]),
     (["Sentence 1", "sentence_2"], True, ["Sentence 1", "sentence_2"]),
+    (["sentence_0", "sentence_1"], None, ["sentence_0", "sentence_1"]),
     (["sentence_A", "sentence_B", "pair_ID"], None, ["sentence_A", "sentence_B"]),
     (["question1", "question2", "qid1", "qid2"], None, ["question1", "question2"]),
     (["query", "pos", "neg"], None, ["query", "pos", "neg"]),
@@ -56,7 +58,8 @@ LAYOUTS = [
 def test_known_layouts_are_recognized(found, paired, taken, caplog):
     assert text_columns(found, "rows", paired) == taken
     unused = [column for column in found if column not in taken]
-    assert caplog.messages == ([f"rows: columns {', '.join(unused)} are not used"] if unused else [])
+    alone = f"; each row is a single text, '{taken[0]}'" if paired is None and len(taken) == 1 else ""
+    assert caplog.messages == ([f"rows: columns {', '.join(unused)} are not used{alone}"] if unused else [])
 
 
 AMBIGUOUS = [
@@ -67,6 +70,9 @@ AMBIGUOUS = [
     (["text", "question", "answer"], None, "question and answer or text", "anchor=question positive=answer"),
     # BUG: this table was read as single texts.
     (["text", "positive", "negative"], None, "text and positive or text", "anchor=text positive=positive"),
+    # BUG: the positive and the hard negative of triplets as sentence-transformers names them were trained on as pairs.
+    (["sentence_0", "sentence_1", "sentence_2"], None, "sentence_0 and sentence_1 or sentence_1 and sentence_2",
+     "anchor=sentence_0 positive=sentence_1"),
     (["sentence1", "sentence2", "question1", "question2"], None, "sentence1 and sentence2 or question1 and question2",
      "anchor=sentence1 positive=sentence2"),
 ]  # fmt: skip

@@ -185,7 +185,8 @@ LAYOUTS = [
 def test_columns(found, paired, taken, caplog):
     assert text_columns(found, "rows", paired) == taken
     unused = [c for c in found if c not in taken]
-    assert caplog.messages == ([f"rows: columns {', '.join(unused)} are not used"] if unused else [])
+    alone = f"; each row is a single text, '{taken[0]}'" if paired is None and len(taken) == 1 else ""
+    assert caplog.messages == ([f"rows: columns {', '.join(unused)} are not used{alone}"] if unused else [])
 
 
 @pytest.mark.parametrize(

@@ -285,7 +285,10 @@ def test_columns_that_judge_no_pair_are_left_unused(caplog):
     unused = ["id", "genre", "title", "underscore", "labeled_by", "yes", "language", "simple"]
     assert text_columns(["anchor", "positive", *unused], "rows") == ["anchor", "positive"]
     assert text_columns(["text", "label"], "rows") == ["text"]  # a label is no judgment of a single text
-    assert caplog.messages == [f"rows: columns {', '.join(unused)} are not used", "rows: columns label are not used"]
+    assert caplog.messages == [
+        f"rows: columns {', '.join(unused)} are not used",
+        "rows: columns label are not used; each row is a single text, 'text'",
+    ]
 
 
 def test_ignored_columns_must_be_there(tmp_path):

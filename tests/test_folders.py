@@ -463,6 +463,24 @@ def test_a_subfolder_is_refused(bases):
     assert "subfolder" in error_of(Encoder.from_pretrained, bases["bert"], subfolder="1_Pooling")
 
 
+@pytest.mark.parametrize(("option", "mend"), [({"device": "cpu"}, ".to(device)"), ({"truncate_dim": 8}, "set the attribute")])
+def test_options_of_sentence_transformers_are_refused_with_the_mend(bases, option, mend):
+    message = error_of(Encoder.from_pretrained, bases["bert"], **option)  # BUG: it said that the model cannot be loaded
+    assert f"does not support {next(iter(option))}; " in message and mend in message
+
+
+def test_the_attributes_that_the_mend_names_count(bases, tmp_path):
+    encoder = Encoder.from_pretrained(bases["bert"])
+    encoder.prompts, encoder.truncate_dim, encoder.similarity_fn_name = {"query": "search: "}, 8, "dot"
+    encoder.default_prompt_name = "query"
+    encoder.save_pretrained(tmp_path / "ours")
+    theirs = load_st(tmp_path / "ours")
+    assert (theirs.similarity_fn_name, theirs.default_prompt_name) == ("dot", "query")
+    expected = SentenceTransformer(str(bases["bert"]), device="cpu", truncate_dim=8).encode(TEXTS, prompt="search: ")
+    assert_same(encoder.encode(TEXTS), expected)
+    assert_same(theirs.encode(TEXTS), expected)
+
+
 # ---- a pooling that the caller gives ----
 
 

@@ -1,12 +1,17 @@
 """Compare objectives that use scores or a teacher with plain loops in float64, and with sentence-transformers."""
 
 import math
+import re
 
 import pytest
 import torch
 from conftest import error_of
+from doc_blocks import ROOT, blocks_of
+from sentence_transformers.sentence_transformer import losses
+from sentence_transformers.util import pairwise_cos_sim
 
 from hf_embed import CoSENT, ImprovedContrastive, MarginMSE, Matryoshka, SimCSE, TeacherKL, VectorDistillation
+from hf_embed.objectives.base import as_objective
 from hf_embed.objectives.gte import DIRECTIONS
 
 torch.manual_seed(0)
@@ -196,16 +201,57 @@ def test_a_perfect_student_has_no_loss():
     assert MarginMSE()(rows, full, scores=scores) < 1e-12
 
 
-def test_cosent_beside_sentence_transformers():
-    losses = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
+GUIDE = (ROOT / "docs" / "guides" / "from_sentence_transformers.md").read_text(encoding="utf-8")
+# What the losses of sentence-transformers take as labels: the number of texts in a row, and the labels.
+LABELS = {
+    "MultipleNegativesRankingLoss": (4, None),
+    "MatryoshkaLoss": (4, None),
+    "CoSENTLoss": (2, SCORES[:, 0]),
+    "MarginMSELoss": (4, SCORES[:, :1] - SCORES[:, 1:]),
+    "DistillKLDivLoss": (4, SCORES),
+    "MSELoss": (4, TARGET),
+    "EmbedDistillLoss": (4, TARGET),
+}
+FUNCTIONS = {  # functions of the guide: the loss that they replace, the number of texts, the labels, and what they need
+    "cosine_similarity_loss": ("CosineSimilarityLoss", 2, SCORES[:, 0], {"scores": SCORES[:, :1]}),
+    "contrastive_loss": ("ContrastiveLoss", 2, (SCORES[:, 0] > 0).double(), {"scores": (SCORES[:, :1] > 0).double()}),
+    "triplet_loss": ("TripletLoss", 3, None, {}),
+    "translation_loss": ("MSELoss", 2, TARGET[:, 0], {"target": TARGET[:, :2]}),
+}
 
-    class Embeddings(torch.nn.Module):
-        def forward(self, features):
-            return {"sentence_embedding": features["rows"]}
 
-    theirs = losses.CoSENTLoss(Embeddings())
-    expected = theirs([{"rows": ROWS[:, 0]}, {"rows": ROWS[:, 1]}], SCORES[:, 0])
-    assert CoSENT()(ROWS[:, :2], IDS[:, :2], scores=SCORES[:, :1]).item() == pytest.approx(expected.item(), rel=1e-9)
+class Embeddings(torch.nn.Module):
+    """A model of sentence-transformers whose features are already embeddings."""
+
+    def forward(self, features):
+        return {"sentence_embedding": features["rows"]}
+
+    def get_embedding_dimension(self):
+        return ROWS.shape[-1]
+
+
+def theirs(loss, texts, labels):
+    return loss([{"rows": ROWS[:, i]} for i in range(texts)], labels).item()
+
+
+@pytest.mark.parametrize("row", re.findall(r"(?m)^\| `(.*Loss\(.*\))`(, for pairs)? \| `(.*)` \|$", GUIDE))
+def test_losses_of_the_guide_equal_those_of_sentence_transformers(row):
+    loss, for_pairs, objective = row
+    names = vars(losses) | {"model": Embeddings(), "pairwise_cos_sim": pairwise_cos_sim}
+    texts, labels = LABELS[loss.partition("(")[0]]
+    texts = 2 if for_pairs else texts
+    needed = {name: tensor[:, : texts - (name == "scores")] for name, tensor in NEEDED.items()}
+    found = eval(objective)(ROWS[:, :texts], torch.arange(1, 5 * texts + 1).view(5, texts), **needed)
+    assert found.item() == pytest.approx(theirs(eval(loss, names), texts, labels), rel=1e-9)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_of_the_guide_equal_the_losses_of_sentence_transformers(name):
+    code = next(block.code for block in blocks_of("docs/guides/from_sentence_transformers.md") if name in block.code)
+    exec(code, names := {})
+    loss, texts, labels, needed = FUNCTIONS[name]
+    expected = theirs(getattr(losses, loss)(Embeddings()), texts, labels)
+    assert as_objective(names[name])(ROWS[:, :texts], IDS[:, :texts], **needed).item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_rows_and_settings_that_do_not_fit():

@@ -13,6 +13,7 @@ import torch
 from conftest import error_of, small_tokenizer, tiny_encoder, tiny_model
 from datasets import Dataset, DatasetDict, IterableDataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainingArguments
+from sentence_transformers.sentence_transformer.evaluation import TripletEvaluator
 from transformers import BertModel, DataCollatorWithPadding, Seq2SeqTrainingArguments, TrainingArguments
 from worker import STS, WORDS
 
@@ -119,6 +120,8 @@ def generator():
         (generator, ["a function cannot be used as rows", "from_generator"]),
         (torch.utils.data.TensorDataset(torch.zeros(2)), ["a TensorDataset cannot be used as rows", "list of dicts"]),
         (Dataset.from_list(ROWS).data.table, ["a Table cannot be used as rows", "to_pandas()"]),
+        # BUG: the message advised to stream its rows, because an evaluator can be called.
+        (TripletEvaluator(["a"], ["b"], ["c"]), ["a TripletEvaluator cannot be used as rows", "Triplets, PairClassification"]),
         (3, ["a int cannot be used as rows"]),
         (Dataset, ["the class Dataset cannot be used as rows"]),
         ({"a": ROWS, "b": 3}, ["train_dataset['b']: a int cannot be used as rows"]),

@@ -33,6 +33,17 @@ logger = logging.getLogger(__name__)
 
 # The options that select files in a repository. They apply to all files of a model.
 HUB = ("revision", "token", "cache_dir", "local_files_only")
+# Arguments of transformers and of SentenceTransformer that `from_pretrained` does not have, and what to do instead.
+ELSEWHERE = {
+    "subfolder": "give the path of that folder as the model",
+    "device": "move the encoder: .to(device)",
+    "max_seq_length": "use max_length",
+    "cache_folder": "use cache_dir",
+    "model_kwargs": "give the arguments themselves, for example dtype=torch.bfloat16",
+    **dict.fromkeys(
+        ("prompts", "default_prompt_name", "truncate_dim", "similarity_fn_name"), "set the attribute of the loaded encoder"
+    ),
+}
 # A larger length means that there is no limit: such tokenizers state 10^30.
 MOST_TOKENS = 10**9
 
@@ -64,10 +75,9 @@ def load_encoder(
         InputError: if the model cannot be reached, if weights or tokenizer files are missing, broken or of another model, or if
             a setting of sentence-transformers is not supported here.
     """
-    if "subfolder" in model_kwargs:
-        raise InputError(
-            f"model '{name}': from_pretrained does not support subfolder; give the path of that folder as the model"
-        )
+    for key in model_kwargs:
+        if key in ELSEWHERE:
+            raise InputError(f"model '{name}': from_pretrained does not support {key}; {ELSEWHERE[key]}")
     hub = {key: model_kwargs[key] for key in HUB if key in model_kwargs}
     found = find_model(name, **hub)
     hub, model_kwargs = hub | found, model_kwargs | found

@@ -41,6 +41,7 @@ LAYOUTS = [
 # Pairs of two texts of the same kind. If a column of labels says which pairs match, `hf_embed.data.labeled` reads them.
 INFERENCE = ("premise", "hypothesis")  # without a label, the relation between the two is unknown
 ALIKE = [
+    ("sentence0", "sentence1"),
     ("sentence1", "sentence2"),
     ("sentencea", "sentenceb"),
     ("question1", "question2"),
@@ -143,7 +144,8 @@ def text_columns(names: list[str], name: str, paired: bool | None = None, scores
     if len(columns) > 1:
         refuse_judgements(ignored, name)
     if ignored:
-        logger.warning(f"{name}: columns {', '.join(ignored)} are not used")
+        alone = f"; each row is a single text, '{columns[0]}'" if paired is None and len(columns) == 1 else ""
+        logger.warning(f"{name}: columns {', '.join(ignored)} are not used{alone}")
     return columns
 
 

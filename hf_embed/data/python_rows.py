@@ -63,6 +63,8 @@ def no_rows(data: object, name: str) -> InputError:
         mend = f"choose one of its splits, {', '.join(map(str, data))}"
     elif hasattr(data, "to_pandas"):
         mend = "convert it with to_pandas()"
+    elif kind.__module__.startswith("sentence_transformers."):  # an evaluator
+        mend = "give its texts: a dataset of pairs with scores, or a Retrieval, Triplets, PairClassification or Reranking"
     elif kind.__module__.split(".")[0] == "torch":
         mend = f"make a list of dicts from its texts, or {mend}"
     elif hasattr(data, "__next__") or callable(data):
