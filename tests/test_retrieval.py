@@ -269,7 +269,7 @@ BAD_BEIR = {
     "not JSON": (
         "beir",
         ("corpus.jsonl", '{"_id": "1", "text": "a"}\n{"_id"\n'),
-        "corpus.jsonl, line 2: expected a JSON object",
+        "corpus.jsonl: cannot be read as jsonl: line 2: Expecting ':' delimiter",
     ),
     "no id": ("beir", ("queries.jsonl", '{"text": "a"}\n'), "queries.jsonl, line 1: expected a JSON object with _id"),
     "text missing": (

@@ -306,14 +306,9 @@ def parsed(text: str, path: str, number: int) -> Any:
     """
     try:
         # Without rstrip, an error at the line end would be reported for the next line.
-        return parse_json(text.rstrip(), missing_value)
-    except json.JSONDecodeError as error:
-        raise unreadable(path, f"line {number + error.lineno - 1}: {error.msg}") from error
-    except UnicodeEncodeError as error:
-        half = json.dumps(error.object[error.start])
-        raise unreadable(path, f"line {number}: {half} is only half of a character; correct or delete the text") from error
+        return parse_json(text.rstrip(), missing_value, number)
     except ValueError as error:
-        raise unreadable(path, f"line {number}: {first_line(error)}") from error
+        raise unreadable(path, f"{error}; correct or delete it") from error
 
 
 def features_of(rows: Iterable[dict]) -> Features:

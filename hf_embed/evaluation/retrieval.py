@@ -293,12 +293,7 @@ def read_jsonl(path: Path) -> list[Row]:
     for number, line in lines(str(path)):
         if line.isspace():
             continue
-        try:
-            row = parsed(line, str(path), number)
-        except InputError as error:
-            if isinstance(error.__cause__, UnicodeError):
-                raise
-            row = None
+        row = parsed(line, str(path), number)
         known = isinstance(row, dict) and isinstance(row.get("text"), str) and isinstance(row.get("_id"), str | int)
         if not known or not str(row["_id"]):
             raise InputError(f"{path}, line {number}: expected a JSON object with _id and text")
