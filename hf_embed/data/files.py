@@ -41,7 +41,6 @@ logger = logging.getLogger(__name__)
 SEPARATORS = {"csv": ",", "tsv": "\t"}
 SEPARATOR_NAMES = {",": "a comma", "\t": "a tab", ";": "';'", "|": "'|'"}
 NEGATIVE = re.compile(r"(hard[\s_-]*)?neg(ative)?s?[\s_-]*\d*", re.IGNORECASE)
-ANY_NEGATIVES = ["negatives"]
 BATCH_ROWS, BATCH_CHARACTERS = 2000, 10_000_000
 # A cell that is enclosed in quotes, with quotes inside that are written twice: "He said ""hi"".".
 QUOTED = re.compile(r'"(?=.*"")(?:[^"]|"")+"')
@@ -443,46 +442,23 @@ def cached_rows(identity: str, features: Features, rows: Iterable[dict]) -> Data
     return cached_table(identity, features, write)
 
 
-def stream(paths: list[str], table: Table, optional: list[str] | None) -> IterableDataset:
+def stream(paths: list[str], table: Table) -> IterableDataset:
     """Return the rows of text files as a stream, which reads the files again in every pass.
 
-    The first rows determine the columns. In a jsonl stream, `optional` says what to do with negatives that begin later:
-
-    - A list of columns: the stream has these columns too, and other negatives are ignored. [] ignores all.
-    - ANY_NEGATIVES: if the first rows have no negatives, later ones go into the column `negatives`; otherwise they are refused.
-    - None: they are refused.
+    The first rows determine the columns. Only columns of negatives may begin later (`hf_embed.data.mixture.Stream` refuses
+    them, unless the source uses no negatives).
     """
-    kind, late = kind_of(paths[0]), []
-    if kind in SEPARATORS:
+    if kind_of(paths[0]) in SEPARATORS:
         common_columns(paths, table)
     columns = dict.fromkeys(key for row in islice(rows_of(paths[0], table), PROBED_ROWS) for key in row)
-    unnamed = optional == ANY_NEGATIVES
-    if kind in ("json", "jsonl") and not (unnamed and any(map(NEGATIVE.fullmatch, columns))):
-        late = [name for name in optional or [] if name not in columns]
-    if late:
-        logger.warning(f"{masked(paths[0])}: the first rows have no column {', '.join(late)}; it is used where it begins")
-    others = "refuse" if optional is None or (unnamed and not late) else "collect" if unnamed else "ignore"
-    kwargs = {"paths": list(paths), "table": table, "columns": (*columns, *late), "others": others}
+    kwargs = {"paths": list(paths), "table": table, "columns": tuple(columns)}
     return IterableDataset.from_generator(streamed, gen_kwargs=kwargs)
 
 
-def streamed(paths: list[str], table: Table, columns: tuple[str, ...], others: str) -> Iterator[dict]:
-    """Read the rows of a stream. If another column of negatives begins late, `others` says what to do.
-
-    "refuse" raises InputError, "collect" adds its texts to the column `negatives`, and "ignore" leaves it out.
-    """
+def streamed(paths: list[str], table: Table, columns: tuple[str, ...]) -> Iterator[dict]:
+    """Read the rows of a stream."""
     known = set(columns)
     for path in paths:
         for row in rows_of(path, table):
-            if not row.keys() <= known:
-                late = [key for key in row if key not in known and NEGATIVE.fullmatch(key) and row[key]]
-                if late and others == "refuse":
-                    raise InputError(
-                        f"{path}: the column {late[0]} begins after the first {PROBED_ROWS:,} rows; set negatives: to the "
-                        "number to use per row (0 for none), or name all columns of negatives under columns:"
-                    )
-                if late and others == "collect":
-                    texts = [row[key] for key in ("negatives", *late) if row.get(key)]
-                    cells = [text if isinstance(text, list) else [text] for text in texts]
-                    row["negatives"] = list(chain.from_iterable(cells))
-            yield {name: row.get(name) for name in columns}
+            late = {key: row[key] for key in row.keys() - known if NEGATIVE.fullmatch(key) and row[key]}
+            yield {name: row.get(name) for name in columns} | late

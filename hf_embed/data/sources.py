@@ -49,7 +49,7 @@ KINDS = ("txt", "csv", "tsv", "jsonl", "json", "parquet")
 
 
 def read_file(
-    path: str | list[str], header: bool = True, streaming: bool = False, quoting: bool = True, optional: list[str] | None = None
+    path: str | list[str], header: bool = True, streaming: bool = False, quoting: bool = True
 ) -> Dataset | IterableDataset:
     """Read the rows of a txt (one text per line, column `text`), csv, tsv, jsonl, json or parquet file, also gzipped.
 
@@ -58,7 +58,6 @@ def read_file(
         header: whether csv and tsv files have a header; without it the columns are named 0, 1, 2 ...
         streaming: store nothing, and read the rows again in every pass.
         quoting: whether quotes enclose cells of csv files; in tsv files they never do, because most corpora are written so.
-        optional: columns that may be missing in the first rows of a jsonl stream; see `hf_embed.data.files.stream`.
 
     Raises:
         InputError: if a file is missing, empty, of another kind, or has an invalid line.
@@ -67,7 +66,7 @@ def read_file(
     kind = check_files(paths)
     if kind != "parquet":
         table = files.Table(header, quoting)
-        rows = files.stream(paths, table, optional) if streaming else files.load(paths, table)
+        rows = files.stream(paths, table) if streaming else files.load(paths, table)
     else:
         rows = read_parquet(paths, streaming)
     if (len(rows) == 0) if isinstance(rows, Dataset) else is_empty(rows, paths[0]):
