@@ -128,7 +128,7 @@ def refuse_paths(texts: list[str], name: str) -> None:
 
 
 def table_of(columns: dict[str, list], name: str) -> Dataset:
-    """Return the columns as a table, with NaN as null.
+    """Return the columns as a table, with NaN as null. In a column with lists, a single text becomes a list of one.
 
     Raises:
         InputError: if a column mixes texts with other values, or if its values cannot be stored.
@@ -136,6 +136,8 @@ def table_of(columns: dict[str, list], name: str) -> Dataset:
     tables = []
     for column, given in columns.items():
         cells = [None if is_missing(cell) else cell for cell in given]
+        if any(isinstance(cell, list | tuple) for cell in cells):
+            cells = [[cell] if isinstance(cell, str) else cell for cell in cells]
         first = next((cell for cell in cells if cell is not None), None)
         for number, cell in enumerate(cells, 1):
             if cell is not None and isinstance(cell, str) != isinstance(first, str):
