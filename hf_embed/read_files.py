@@ -164,12 +164,12 @@ def parse_json(text: str, constant: Callable[[str], Any] = refuse_constant, line
     return found
 
 
-def read_json(path: str | Path, kind: type | tuple[type, ...] = dict, name: str = "", with_nan: bool = False) -> Any:
+def read_json(path: str | Path, kind: type = dict, name: str = "", with_nan: bool = False) -> Any:
     """Return the content of a JSON file.
 
     Args:
         path: the path of the file.
-        kind: the type that the top-level value must have, or a tuple of types.
+        kind: the type that the top-level value must have.
         name: what messages call the file. Default: its path.
         with_nan: accept NaN and Infinity, which Python writes although JSON does not have them.
 
@@ -183,8 +183,7 @@ def read_json(path: str | Path, kind: type | tuple[type, ...] = dict, name: str 
     except ValueError as error:
         raise InputError(f"{name} is not JSON ({error}); {COPY_ANEW}") from error
     if not isinstance(content, kind):
-        wanted = " or ".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
-        raise InputError(f"{name} does not hold a {wanted} at the top level; copy it again")
+        raise InputError(f"{name} does not hold a {kind.__name__} at the top level; copy it again")
     return content
 
 

@@ -647,12 +647,12 @@ BAD_BEIR = {
     "NUL": ({"qrels": "q1\td1\t1\nq2\td2\0\t1\n"}, "test.tsv", "line 2 contains a NUL byte"),
     "id twice": (
         {"corpus": CORPUS + '\n{"_id": "d1", "text": "three"}\n'},
-        "corpus.jsonl, lines 1 and 4 have",
+        "corpus: two rows have",
         "the same _id 'd1' but different texts",
     ),
     "query twice": (
         {"queries": '{"_id": 1, "text": "a"}\n{"_id": "1", "text": "b"}\n'},
-        "queries.jsonl, lines 1 and 2 have",
+        "queries: two rows have",
         "the same _id '1'",
     ),
     "no id": ({"corpus": CORPUS + '{"_id": null, "text": "x"}\n'}, "corpus.jsonl, line 3", "_id and text"),

@@ -190,7 +190,8 @@ def test_a_module_is_a_folder_of_its_kind(server, strays, path):
     modules = json.loads((strays / "modules.json").read_text())
     modules[1]["path"] = path.format(outside=outside)
     (strays / "modules.json").write_text(json.dumps(modules))
-    assert "which is not a subfolder such as 1_Pooling" in error_of(push_folder, strays, "mine")
+    reason = "is outside the folder" if "outside" in path else "is not a subfolder such as 1_Pooling"
+    assert f"modules.json names '{modules[1]['path']}', which {reason}" in error_of(push_folder, strays, "mine")
 
 
 def test_modules_that_would_arrive_without_their_weights_are_refused(server, strays):
