@@ -18,7 +18,7 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
 from itertools import chain, islice
@@ -188,6 +188,12 @@ def shortened(text: str) -> str:
     return start if len(text) <= 60 else f"{start[:60]}..."
 
 
+def check_names(names: Sequence[str], where: str) -> None:
+    """Raise InputError if two columns have the same name. `where` begins the message."""
+    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+        raise InputError(f"{where}: two columns are named '{twice[0]}'; rename one of them")
+
+
 def common_columns(paths: list[str], table: Table) -> list[str]:
     """Return the column names that all files share.
 
@@ -195,8 +201,7 @@ def common_columns(paths: list[str], table: Table) -> list[str]:
         InputError: if the files do not have the same columns in the same order, or if two columns have the same name.
     """
     names = table_columns(paths[0], table)
-    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
-        raise InputError(f"{paths[0]}: two columns are named '{twice[0]}'; rename one of them")
+    check_names(names, paths[0])
     for path in paths[1:]:
         columns = table_columns(path, table)
         if columns != names:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, concatenate_datasets
 
-from hf_embed.data.files import shortened
+from hf_embed.data.files import check_names, shortened
 from hf_embed.data.sources import read_file, unformatted
 from hf_embed.errors import InputError
 from hf_embed.read_files import first_line
@@ -81,8 +81,7 @@ def from_frame(frame: Any, name: str) -> Dataset:
     names = [str(column) for column in frame.columns]
     if frame.columns.nlevels > 1:
         raise InputError(f"{name}: the DataFrame's columns have {frame.columns.nlevels} levels; flatten them to one level")
-    if twice := [column for i, column in enumerate(names) if column in names[:i]]:
-        raise InputError(f"{name}: two columns are named '{twice[0]}'; rename one of them")
+    check_names(names, name)
     if not len(frame) or not names:
         raise InputError(f"{name}: the DataFrame is empty; there are no rows")
     return table_of({column: frame.iloc[:, i].tolist() for i, column in enumerate(names)}, name)
