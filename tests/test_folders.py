@@ -210,7 +210,7 @@ SAME = {
     "transformer in 0_Transformer, another model at the root": transformer_in_a_folder,
     **{
         f"sentence_{kind}_config.json": older_name_of_the_config(f"sentence_{kind}_config.json")
-        for kind in ("roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+        for kind in ("roberta", "xlnet")
     },
     "do_lower_case of an uncased tokenizer": keys(BERT, do_lower_case=True),
     "a chat template that older folders do not use": chat_template_that_is_not_used,
@@ -236,7 +236,7 @@ def test_the_same_vectors_there_and_back(make, tmp_path, name):
     encoder = Encoder.from_pretrained(folder)
     assert_same(encoder.encode(texts), expected)
     assert encoder.dimension == expected.shape[1]
-    encoder.save_pretrained(tmp_path / "ours")  # saving also compares with plain AutoModel
+    encoder.save_pretrained(tmp_path / "ours", verify=False)  # because the loaders are compared here
     assert_same(load_st(tmp_path / "ours").encode(texts), expected)
     assert_same(Encoder.from_pretrained(tmp_path / "ours").encode(texts), expected)
 
@@ -569,7 +569,7 @@ def test_similarities(make, tmp_path, name, caplog):
     folder = make(st.Pooling(32), similarity_fn_name=name)
     theirs, encoder = load_st(folder), Encoder.from_pretrained(folder)
     assert (f"compare its vectors by {name}" in caplog.text) == (name != "cosine")
-    encoder.save_pretrained(tmp_path / "ours")
+    encoder.save_pretrained(tmp_path / "ours", verify=False)
     a, b = theirs.encode(TEXTS), theirs.encode(TEXTS[::-1])
     for model in (encoder, Encoder.from_pretrained(tmp_path / "ours"), load_st(tmp_path / "ours")):
         assert model.similarity_fn_name == name

@@ -31,7 +31,7 @@ import pyarrow
 from datasets import Dataset, Features, IterableDataset, List, Value
 from datasets.arrow_writer import ArrowWriter
 
-from hf_embed.data.cache import cached_table, check_cache
+from hf_embed.data.cache import check_cache, stored, versions
 from hf_embed.errors import InputError, masked
 from hf_embed.read_files import LFS_POINTER, NOT_FETCHED, first_line, is_packed, kind_of, other_kind, parse_json
 from hf_embed.safe_files import hash_of
@@ -437,14 +437,23 @@ def load(paths: list[str], table: Table) -> Dataset:
 
 
 def cached_rows(identity: str, features: Features, rows: Iterable[dict]) -> Dataset:
-    """Return the cached table with this identity. If the cache has none, write `rows` to it first."""
+    """Return the cached table with this identity. If the cache has none, write `rows` to it first.
 
-    def write(writer: ArrowWriter) -> None:
-        for batch in batches(rows):
-            columns = [as_column([row.get(name) for row in batch], feature) for name, feature in features.items()]
-            writer.write_table(pyarrow.table(columns, schema=features.arrow_schema))
+    Args:
+        identity: a hash of everything that the rows depend on.
+        features: the columns.
+        rows: the rows.
+    """
 
-    return cached_table(identity, features, write)
+    def write(path: Path) -> None:
+        with ArrowWriter(features=features, path=str(path)) as writer:
+            for batch in batches(rows):
+                columns = [as_column([row.get(name) for row in batch], feature) for name, feature in features.items()]
+                writer.write_table(pyarrow.table(columns, schema=features.arrow_schema))
+            writer.finalize()
+
+    identity = hashlib.sha256(repr([identity, *versions()]).encode()).hexdigest()[:32]
+    return stored(identity, write)
 
 
 def stream(paths: list[str], table: Table) -> IterableDataset:
