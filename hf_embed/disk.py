@@ -42,8 +42,6 @@ OF_WORKERS = r"out of shared memory|</torch_"
 ANOTHER_FOLDER = "give another output folder"
 AGAIN = "free some space there and run it again"
 SAVING = ".saving-"  # prefix of the names of files and folders that are incomplete or about to be removed
-LONGEST_ADDITION = 40  # bytes of the longest prefix or suffix that a name gets while a file is written
-LONGEST_INSIDE = 200  # bytes of the longest path inside an output folder
 
 
 class DiskError(RankError):
@@ -234,7 +232,6 @@ def check_folder(folder: str | Path, name: str = "output_dir") -> None:
     if not found.is_dir():
         what = "this" if found == Path(os.path.abspath(folder)) else str(found)
         raise InputError(f"{said}: {what} is a {'file' if found.exists() else 'broken link'}; give a folder")
-    check_length(Path(os.path.abspath(folder)), found, said)
     try:
         with tempfile.TemporaryFile(dir=found) as file:
             file.write(b"0")
@@ -244,19 +241,6 @@ def check_folder(folder: str | Path, name: str = "output_dir") -> None:
             raise InputError(full_message(FULL[error.errno], Path(folder))) from error
         reason = REFUSED.get(error.errno or 0, str(error.strerror or error))
         raise InputError(f"{said}: files cannot be written to {found} ({reason}); give another folder") from error
-
-
-def check_length(path: Path, found: Path, said: str) -> None:
-    """Raise InputError if a name in the path is too long, or if the path leaves no room for the names of files inside."""
-    try:
-        most, longest = os.pathconf(found, "PC_NAME_MAX"), os.pathconf(found, "PC_PATH_MAX")
-    except (AttributeError, OSError, ValueError):
-        return
-    names = [len(os.fsencode(part)) for part in path.relative_to(found).parts]
-    if any(length + LONGEST_ADDITION > most for length in names):
-        raise InputError(f"{said}: a name of {max(names)} bytes is too long; use at most {most - LONGEST_ADDITION} bytes")
-    if (length := len(os.fsencode(path))) + LONGEST_INSIDE > longest:
-        raise InputError(f"{said}: a path of {length} bytes is too long; use at most {longest - LONGEST_INSIDE} bytes")
 
 
 def check_output_file(file: str | Path, name: str) -> None:
@@ -269,7 +253,6 @@ def check_output_file(file: str | Path, name: str) -> None:
     if path.exists() and not path.is_file():
         raise InputError(f"{name} {shortened(file)}: this is a {'folder' if path.is_dir() else 'device'}; name a file")
     check_folder(path.parent, f"the folder of {name}")
-    check_length(Path(os.path.abspath(path)), nearest(path.parent), f"{name} {shortened(file)}")
 
 
 def lack_of_room(folder: str | Path, needed: int, what: str) -> str | None:

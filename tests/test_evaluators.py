@@ -489,11 +489,8 @@ def test_bad_reranking_files(tmp_path, case):
         (lambda: PairClassification(["a", "b"], ["c", "d"], [1, 1]), "PairClassification: all labels are 1"),
         (lambda: PairClassification(["a", "b"], ["c", "d"], [1, 0.5]), "PairClassification, row 2: the label is '0.5'"),
         (lambda: PairClassification(["a", None], ["c", "d"], [1, 0]), "row 2, sentences1: the text is missing"),
-        (lambda: Reranking([]), "no query has both a positive and a negative document"),
-        (
-            lambda: Reranking({"q1": {"query": "a"}}),
-            "Reranking: a row has the type str; give a dict with query, positive and negative for each row",
-        ),
+        (lambda: Reranking([]), "Reranking: the list is empty"),
+        (lambda: Reranking({"q1": {"query": "a"}}), "Reranking: a dict cannot be used as rows; give a datasets.Dataset"),
         (lambda: Reranking([{"query": "a", "positive": "b"}]), "Reranking: there is no column negative; found query, positive"),
         (
             lambda: Reranking([{"query": "a", "positive": [], "negative": "c"}]),

@@ -190,7 +190,8 @@ def test_a_module_is_a_folder_of_its_kind(server, strays, path):
     modules = json.loads((strays / "modules.json").read_text())
     modules[1]["path"] = path.format(outside=outside)
     (strays / "modules.json").write_text(json.dumps(modules))
-    assert "which is not a subfolder such as 1_Pooling" in error_of(push_folder, strays, "mine")
+    reason = "is outside the folder" if "outside" in path else "is not a subfolder such as 1_Pooling"
+    assert f"modules.json names '{modules[1]['path']}', which {reason}" in error_of(push_folder, strays, "mine")
 
 
 def test_modules_that_would_arrive_without_their_weights_are_refused(server, strays):
@@ -276,7 +277,7 @@ def test_broken_at_every_request_in_turn(server, model, how, monkeypatch):
     assert digest(model) == before
 
 
-@pytest.mark.parametrize("how", [500, "cut"])
+@pytest.mark.parametrize("how", [500, pytest.param("cut", marks=pytest.mark.slow)])
 def test_a_push_that_fails_is_finished_by_the_same_command(server, model, how, monkeypatch, caplog):
     """The Hub fails from one request on, for each request in turn. Later it works again, and a second push finishes."""
     monkeypatch.setattr(hub, "TRIES", 1)
@@ -353,7 +354,8 @@ def test_no_network(model, monkeypatch):
 # ---- from training ----
 
 
-@pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "end"])
+# With "checkpoint", everything is pushed that "every_save" pushes, and more.
+@pytest.mark.parametrize("strategy", [pytest.param("every_save", marks=pytest.mark.slow), "checkpoint", "end"])
 def test_training_pushes(server, tmp_path, strategy):
     settings = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1, "max_steps": 3, "hub_always_push": True}
     run = trainer(tmp_path / "model", tiny_encoder(pooling="cls"), push_to_hub=True, hub_model_id="user/mine",

@@ -622,7 +622,7 @@ def test_a_stream_refuses_negatives_that_begin_late(tokenizer):
     rows = IterableDataset.from_generator(ragged, gen_kwargs={"first_with": 300, "rows": 600})
     stream = Stream(Source("s", rows, size=600), RowTokenizer(tokenizer, 16), 0, 1, 0, 1, False)
     assert len(stream.__getitems__(list(range(256)))) == 256
-    message = "column negative begins after the first rows; give it in each row, maybe as None"
+    message = "column negative begins after the first rows; give it in each row, maybe as null"
     assert message in error_of(stream.__getitems__, list(range(256, 600)))
 
 

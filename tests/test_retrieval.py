@@ -269,7 +269,7 @@ BAD_BEIR = {
     "not JSON": (
         "beir",
         ("corpus.jsonl", '{"_id": "1", "text": "a"}\n{"_id"\n'),
-        "corpus.jsonl, line 2: expected a JSON object",
+        "corpus.jsonl: cannot be read as jsonl: line 2: Expecting ':' delimiter",
     ),
     "no id": ("beir", ("queries.jsonl", '{"text": "a"}\n'), "queries.jsonl, line 1: expected a JSON object with _id"),
     "text missing": (
@@ -390,7 +390,7 @@ def test_zero_shot_of_arrays():
         ("a\tx\t1\nb\ty\t2\n", "{label}", None, "found 3 columns"),
         ("a\tx\nb\ty\n", "{label}", '{"a": "one"}', "there is no text for the label 'b'"),
         ("a\tx\nb\ty\n", "{label}", "[", "is not JSON"),
-        ("a\tx\nb\ty\n", "{label}", '["a", "b"]', "there is no text for the label 'a'"),
+        ("a\tx\nb\ty\n", "{label}", '["a", "b"]', "does not hold a dict"),
         ("text\tcategory\nx\ta\ny\tb\n", "{label}", None, "found the columns text, category; expected label and text"),
         ("".join(f"text {i}\ta\n" for i in range(30)), "{label}", None, "few labels occur twice"),
         ("label\ttext\na\tx\nb\t\n", "{label}", None, "row 2, column 'text': the text is empty"),

@@ -35,7 +35,7 @@ def losses(folder: str, **settings) -> dict[str, dict[str, float]]:
     found = {}
     for name, objective in OBJECTIVES.items():
         args = ContrastiveTrainingArguments(
-            folder, per_device_train_batch_size=12 // get_world_size(), max_steps=2, eval_strategy="steps", eval_steps=1,
+            folder, per_device_train_batch_size=12 // get_world_size(), max_steps=2,
             per_device_eval_batch_size=GLOBAL_BATCH // get_world_size(), **(SETTINGS | settings),
         )  # fmt: skip
         trainer = ContrastiveTrainer(

@@ -31,6 +31,7 @@ from transformers.utils import PushInProgress
 
 from hf_embed.checkpoint.card import stored_results, title_of, with_repository
 from hf_embed.checkpoint.files import FILES, MODULE, MODULE_FILES, ONNX, SHARD, Files, is_old
+from hf_embed.checkpoint.layout import TransformerModule, read_modules
 from hf_embed.entry import recipe_command
 from hf_embed.errors import InputError, masked
 from hf_embed.read_files import first_line, read_json, read_text
@@ -219,17 +220,13 @@ def model_files(folder: Path) -> list[Path]:
 
 def module_folders(folder: Path) -> list[Path]:
     """Return the folders of the modules in modules.json, except the transformer, which is in the folder itself."""
-    folders = []
-    for module in read_json(folder / "modules.json", list) if (folder / "modules.json").is_file() else []:
-        if not isinstance(module, dict) or not all(isinstance(module.get(key), str) for key in ("path", "type")):
-            raise InputError(f"{folder}: modules.json lists {module!r}, which lacks a path or a type; save the model again")
-        name, path = module["path"], folder / module["path"]
-        if name and (not MODULE.fullmatch(name) or path.is_symlink() or not path.is_dir()):
+    transformer, *others = read_modules(Files(str(folder))) or [TransformerModule()]
+    if transformer.path:
+        raise InputError(f"{folder}: the transformer is in '{transformer.path}'; save the model again, into the folder itself")
+    for name in (module.path for module in others):
+        if not MODULE.fullmatch(name) or (folder / name).is_symlink() or not (folder / name).is_dir():
             raise InputError(f"{folder}: modules.json names '{name}', which is not a subfolder such as 1_Pooling")
-        if name and module["type"].endswith("Transformer"):
-            raise InputError(f"{folder}: the transformer is in '{name}'; save the model again, into the folder itself")
-        folders += [path] if name else []
-    return folders
+    return [folder / module.path for module in others]
 
 
 def code_files(folder: Path) -> list[Path]:

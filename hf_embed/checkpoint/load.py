@@ -16,13 +16,12 @@ from hf_embed.adapters import unpack
 from hf_embed.checkpoint.files import Files
 from hf_embed.checkpoint.layout import read_modules
 from hf_embed.checkpoint.settings import read_settings
-from hf_embed.checkpoint.sizes import check_counts, check_size
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.forward_check import influences
 from hf_embed.hub_access import WHAT_TO_GIVE, find_model
 from hf_embed.progress import quiet_libraries
-from hf_embed.read_files import first_line, read_json, tensor_dtypes
+from hf_embed.read_files import first_line, tensor_dtypes
 from hf_embed.text_models import check_max_length, is_remote, loading_class
 
 # The data types that weights may have without quantization. transformers would read int8 numbers as if they were floats.
@@ -165,7 +164,6 @@ def load_model(
         refuse_adapter(files)
         config = kwargs.pop("config", None) or read_config(name, trust_remote_code, **where)
         model_class = getattr(transformers, auto_class or loading_class(config))
-        check_size(files, model_class, config)
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         with quiet_libraries():
             model, report = model_class.from_pretrained(name, config=config, trust_remote_code=trust_remote_code, **kwargs)
@@ -191,13 +189,6 @@ def read_config(name: str, trust_remote_code: bool = False, **where: Any) -> Pre
         trust_remote_code: run the Python code that comes with the model.
         **where: options as in `Files`.
     """
-    files = Files(name, **where)
-    try:
-        path = files.path("config.json")
-        stated = read_json(path, name="config.json") if path else {}
-    except Exception as error:  # the Hub client raises many kinds of errors
-        raise unreachable(name, error) from error
-    check_counts(files, stated)
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **where)
     except Exception as error:  # any value in the config can cause an error

@@ -146,12 +146,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         InputError: if there is none, or if it was changed after it was written, or has another format version.
     """
-    if not (folder / MANIFEST).is_file():
-        raise InputError(f"{MANIFEST} does not exist")
-    try:
-        manifest = read_json(folder / MANIFEST, with_nan=True)
-    except InputError as error:
-        raise InputError(f"{MANIFEST} is not JSON") from error
+    manifest = read_json(folder / MANIFEST, name=MANIFEST, with_nan=True)
     if manifest.get("xxh3_128") != hash_of_content(manifest):
         raise InputError(f"{MANIFEST} has changed since it was written")
     if manifest.get("version") != VERSION:

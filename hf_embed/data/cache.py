@@ -23,8 +23,7 @@ import pyarrow
 import tokenizers
 import transformers
 import xxhash
-from datasets import Dataset, Features, is_caching_enabled
-from datasets.arrow_writer import ArrowWriter
+from datasets import Dataset, is_caching_enabled
 from datasets.fingerprint import Hasher, generate_random_fingerprint
 
 from hf_embed.disk import SAVING, check_folder, disk_errors
@@ -49,24 +48,6 @@ def check_cache() -> None:
     """Raise InputError if the folder for cached tables does not exist yet and cannot be created."""
     if not cache_folder().is_dir():
         check_folder(cache_folder(), "the cache folder of datasets (HF_DATASETS_CACHE)")
-
-
-def cached_table(identity: str, features: Features, write: Callable[[ArrowWriter], None]) -> Dataset:
-    """Return the rows of a cached table. Write the table first if the cache has none with this identity.
-
-    Args:
-        identity: a hash of everything that the rows depend on.
-        features: the columns.
-        write: a function that writes the rows.
-    """
-
-    def write_to(path: Path) -> None:
-        with ArrowWriter(features=features, path=str(path)) as writer:
-            write(writer)
-            writer.finalize()
-
-    identity = hashlib.sha256(repr([identity, *versions()]).encode()).hexdigest()[:32]
-    return stored(identity, write_to)
 
 
 def cached_map(rows: Dataset, function: Callable[..., Any], anew: bool = False, **settings: Any) -> Dataset:

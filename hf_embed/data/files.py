@@ -18,7 +18,7 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
 from itertools import chain, islice
@@ -31,7 +31,7 @@ import pyarrow
 from datasets import Dataset, Features, IterableDataset, List, Value
 from datasets.arrow_writer import ArrowWriter
 
-from hf_embed.data.cache import cached_table, check_cache
+from hf_embed.data.cache import check_cache, stored, versions
 from hf_embed.errors import InputError, masked
 from hf_embed.read_files import LFS_POINTER, NOT_FETCHED, first_line, is_packed, kind_of, other_kind, parse_json
 from hf_embed.safe_files import hash_of
@@ -41,7 +41,6 @@ logger = logging.getLogger(__name__)
 SEPARATORS = {"csv": ",", "tsv": "\t"}
 SEPARATOR_NAMES = {",": "a comma", "\t": "a tab", ";": "';'", "|": "'|'"}
 NEGATIVE = re.compile(r"(hard[\s_-]*)?neg(ative)?s?[\s_-]*\d*", re.IGNORECASE)
-ANY_NEGATIVES = ["negatives"]
 BATCH_ROWS, BATCH_CHARACTERS = 2000, 10_000_000
 # A cell that is enclosed in quotes, with quotes inside that are written twice: "He said ""hi"".".
 QUOTED = re.compile(r'"(?=.*"")(?:[^"]|"")+"')
@@ -189,6 +188,12 @@ def shortened(text: str) -> str:
     return start if len(text) <= 60 else f"{start[:60]}..."
 
 
+def check_names(names: Sequence[str], where: str) -> None:
+    """Raise InputError if two columns have the same name. `where` begins the message."""
+    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+        raise InputError(f"{where}: two columns are named '{twice[0]}'; rename one of them")
+
+
 def common_columns(paths: list[str], table: Table) -> list[str]:
     """Return the column names that all files share.
 
@@ -196,8 +201,7 @@ def common_columns(paths: list[str], table: Table) -> list[str]:
         InputError: if the files do not have the same columns in the same order, or if two columns have the same name.
     """
     names = table_columns(paths[0], table)
-    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
-        raise InputError(f"{paths[0]}: two columns are named '{twice[0]}'; rename one of them")
+    check_names(names, paths[0])
     for path in paths[1:]:
         columns = table_columns(path, table)
         if columns != names:
@@ -306,14 +310,9 @@ def parsed(text: str, path: str, number: int) -> Any:
     """
     try:
         # Without rstrip, an error at the line end would be reported for the next line.
-        return parse_json(text.rstrip(), missing_value)
-    except json.JSONDecodeError as error:
-        raise unreadable(path, f"line {number + error.lineno - 1}: {error.msg}") from error
-    except UnicodeEncodeError as error:
-        half = json.dumps(error.object[error.start])
-        raise unreadable(path, f"line {number}: {half} is only half of a character; correct or delete the text") from error
+        return parse_json(text.rstrip(), missing_value, number)
     except ValueError as error:
-        raise unreadable(path, f"line {number}: {first_line(error)}") from error
+        raise unreadable(path, f"{error}; correct or delete it") from error
 
 
 def features_of(rows: Iterable[dict]) -> Features:
@@ -438,56 +437,42 @@ def load(paths: list[str], table: Table) -> Dataset:
 
 
 def cached_rows(identity: str, features: Features, rows: Iterable[dict]) -> Dataset:
-    """Return the cached table with this identity. If the cache has none, write `rows` to it first."""
+    """Return the cached table with this identity. If the cache has none, write `rows` to it first.
 
-    def write(writer: ArrowWriter) -> None:
-        for batch in batches(rows):
-            columns = [as_column([row.get(name) for row in batch], feature) for name, feature in features.items()]
-            writer.write_table(pyarrow.table(columns, schema=features.arrow_schema))
+    Args:
+        identity: a hash of everything that the rows depend on.
+        features: the columns.
+        rows: the rows.
+    """
 
-    return cached_table(identity, features, write)
+    def write(path: Path) -> None:
+        with ArrowWriter(features=features, path=str(path)) as writer:
+            for batch in batches(rows):
+                columns = [as_column([row.get(name) for row in batch], feature) for name, feature in features.items()]
+                writer.write_table(pyarrow.table(columns, schema=features.arrow_schema))
+            writer.finalize()
+
+    identity = hashlib.sha256(repr([identity, *versions()]).encode()).hexdigest()[:32]
+    return stored(identity, write)
 
 
-def stream(paths: list[str], table: Table, optional: list[str] | None) -> IterableDataset:
+def stream(paths: list[str], table: Table) -> IterableDataset:
     """Return the rows of text files as a stream, which reads the files again in every pass.
 
-    The first rows determine the columns. In a jsonl stream, `optional` says what to do with negatives that begin later:
-
-    - A list of columns: the stream has these columns too, and other negatives are ignored. [] ignores all.
-    - ANY_NEGATIVES: if the first rows have no negatives, later ones go into the column `negatives`; otherwise they are refused.
-    - None: they are refused.
+    The first rows determine the columns. Only columns of negatives may begin later (`hf_embed.data.mixture.Stream` refuses
+    them, unless the source uses no negatives).
     """
-    kind, late = kind_of(paths[0]), []
-    if kind in SEPARATORS:
+    if kind_of(paths[0]) in SEPARATORS:
         common_columns(paths, table)
     columns = dict.fromkeys(key for row in islice(rows_of(paths[0], table), PROBED_ROWS) for key in row)
-    unnamed = optional == ANY_NEGATIVES
-    if kind in ("json", "jsonl") and not (unnamed and any(map(NEGATIVE.fullmatch, columns))):
-        late = [name for name in optional or [] if name not in columns]
-    if late:
-        logger.warning(f"{masked(paths[0])}: the first rows have no column {', '.join(late)}; it is used where it begins")
-    others = "refuse" if optional is None or (unnamed and not late) else "collect" if unnamed else "ignore"
-    kwargs = {"paths": list(paths), "table": table, "columns": (*columns, *late), "others": others}
+    kwargs = {"paths": list(paths), "table": table, "columns": tuple(columns)}
     return IterableDataset.from_generator(streamed, gen_kwargs=kwargs)
 
 
-def streamed(paths: list[str], table: Table, columns: tuple[str, ...], others: str) -> Iterator[dict]:
-    """Read the rows of a stream. If another column of negatives begins late, `others` says what to do.
-
-    "refuse" raises InputError, "collect" adds its texts to the column `negatives`, and "ignore" leaves it out.
-    """
+def streamed(paths: list[str], table: Table, columns: tuple[str, ...]) -> Iterator[dict]:
+    """Read the rows of a stream."""
     known = set(columns)
     for path in paths:
         for row in rows_of(path, table):
-            if not row.keys() <= known:
-                late = [key for key in row if key not in known and NEGATIVE.fullmatch(key) and row[key]]
-                if late and others == "refuse":
-                    raise InputError(
-                        f"{path}: the column {late[0]} begins after the first {PROBED_ROWS:,} rows; set negatives: to the "
-                        "number to use per row (0 for none), or name all columns of negatives under columns:"
-                    )
-                if late and others == "collect":
-                    texts = [row[key] for key in ("negatives", *late) if row.get(key)]
-                    cells = [text if isinstance(text, list) else [text] for text in texts]
-                    row["negatives"] = list(chain.from_iterable(cells))
-            yield {name: row.get(name) for name in columns}
+            late = {key: row[key] for key in row.keys() - known if NEGATIVE.fullmatch(key) and row[key]}
+            yield {name: row.get(name) for name in columns} | late

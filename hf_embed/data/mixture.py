@@ -221,7 +221,8 @@ class Stream:
             late = negative_columns([column for column in batch if column not in self.columns])
             if late and self.negatives != 0:
                 raise InputError(
-                    f"{self.label}: column {late[0]} begins after the first rows; give it in each row, maybe as None"
+                    f"{self.label}: column {late[0]} begins after the first rows; give it in each row, maybe as null, or set "
+                    "negatives: 0 to use none"
                 )
             rows = range(max(map(len, batch.values())))
             return [self.texts({name: batch[name][i] for name in self.columns if name in batch}) for i in rows]

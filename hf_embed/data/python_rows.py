@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, concatenate_datasets
 
-from hf_embed.data.files import shortened
+from hf_embed.data.files import check_names, shortened
 from hf_embed.data.sources import read_file, unformatted
 from hf_embed.errors import InputError
 from hf_embed.read_files import first_line
@@ -83,8 +83,7 @@ def from_frame(frame: Any, name: str) -> Dataset:
     names = [str(column) for column in frame.columns]
     if frame.columns.nlevels > 1:
         raise InputError(f"{name}: the DataFrame's columns have {frame.columns.nlevels} levels; flatten them to one level")
-    if twice := [column for i, column in enumerate(names) if column in names[:i]]:
-        raise InputError(f"{name}: two columns are named '{twice[0]}'; rename one of them")
+    check_names(names, name)
     if not len(frame) or not names:
         raise InputError(f"{name}: the DataFrame is empty; there are no rows")
     return table_of({column: frame.iloc[:, i].tolist() for i, column in enumerate(names)}, name)
@@ -130,7 +129,7 @@ def refuse_paths(texts: list[str], name: str) -> None:
 
 
 def table_of(columns: dict[str, list], name: str) -> Dataset:
-    """Return the columns as a table, with NaN as null.
+    """Return the columns as a table, with NaN as null. In a column with lists, a single text becomes a list of one.
 
     Raises:
         InputError: if a column mixes texts with other values, or if its values cannot be stored.
@@ -138,6 +137,8 @@ def table_of(columns: dict[str, list], name: str) -> Dataset:
     tables = []
     for column, given in columns.items():
         cells = [None if is_missing(cell) else cell for cell in given]
+        if any(isinstance(cell, list | tuple) for cell in cells):
+            cells = [[cell] if isinstance(cell, str) else cell for cell in cells]
         first = next((cell for cell in cells if cell is not None), None)
         for number, cell in enumerate(cells, 1):
             if cell is not None and isinstance(cell, str) != isinstance(first, str):

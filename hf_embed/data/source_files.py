@@ -36,7 +36,6 @@ from typing import Any, cast
 from datasets import Dataset, IterableDataset
 
 from hf_embed.data.columns import ROLES, take_columns
-from hf_embed.data.files import ANY_NEGATIVES
 from hf_embed.data.mixture import Source, check_sources
 from hf_embed.data.sources import leave_out, read_file, read_hub
 from hf_embed.data.yaml_files import read_yaml
@@ -138,7 +137,7 @@ def read_entry(entry: dict, folder: Path) -> tuple[Dataset | IterableDataset, st
     streaming, columns = entry.get("streaming", False), entry.get("columns")
     if "file" in entry:
         files = expand(entry["file"], folder)
-        rows = read_file(files, streaming=streaming, quoting=entry.get("quoting", True), optional=late_negatives(entry))
+        rows = read_file(files, streaming=streaming, quoting=entry.get("quoting", True))
         origin = masked(files[0]) if len(files) == 1 else f"{masked(files[0])} and {len(files) - 1} more"
     else:
         if "quoting" in entry:
@@ -148,17 +147,6 @@ def read_entry(entry: dict, folder: Path) -> tuple[Dataset | IterableDataset, st
     ignored = entry.get("ignore_columns", [])
     rows = leave_out(rows, [ignored] if isinstance(ignored, str) else ignored, "ignore_columns")
     return rows if columns is None else take_columns(rows, columns), origin
-
-
-def late_negatives(entry: dict) -> list[str] | None:
-    """Return the columns of negatives that an entry asks for, which may begin late in a jsonl stream.
-
-    Return None if the entry does not say which negatives it uses. See `hf_embed.data.files.stream`.
-    """
-    if "columns" in entry:
-        named = [entry["columns"].get(key) for key in ("negative", "negatives")]
-        return [column for part in named for column in (part if isinstance(part, list) else [part]) if column is not None]
-    return None if entry.get("negatives") is None else ANY_NEGATIVES if entry["negatives"] else []
 
 
 def expand(files: str | list[str], folder: Path) -> list[str]:

@@ -39,7 +39,7 @@ from hf_embed.data.columns import column_names, text_columns
 from hf_embed.disk import DiskError
 from hf_embed.errors import EmptyTextError, InputError
 from hf_embed.hub_access import check_dataset
-from hf_embed.read_files import check_file, first_line, is_packed, kind_of
+from hf_embed.read_files import check_file, first_line, kind_of
 
 logger = logging.getLogger(__name__)
 
@@ -49,16 +49,17 @@ KINDS = ("txt", "csv", "tsv", "jsonl", "json", "parquet")
 
 
 def read_file(
-    path: str | list[str], header: bool = True, streaming: bool = False, quoting: bool = True, optional: list[str] | None = None
+    path: str | list[str], header: bool = True, streaming: bool = False, quoting: bool = True
 ) -> Dataset | IterableDataset:
-    """Read the rows of a txt (one text per line, column `text`), csv, tsv, jsonl, json or parquet file, also gzipped.
+    """Read the rows of a txt (one text per line, column `text`), csv, tsv, jsonl, json or parquet file.
+
+    All files except parquet may be gzipped.
 
     Args:
         path: a file, or several files of one kind with the same columns; their rows are concatenated.
         header: whether csv and tsv files have a header; without it the columns are named 0, 1, 2 ...
         streaming: store nothing, and read the rows again in every pass.
         quoting: whether quotes enclose cells of csv files; in tsv files they never do, because most corpora are written so.
-        optional: columns that may be missing in the first rows of a jsonl stream; see `hf_embed.data.files.stream`.
 
     Raises:
         InputError: if a file is missing, empty, of another kind, or has an invalid line.
@@ -67,7 +68,7 @@ def read_file(
     kind = check_files(paths)
     if kind != "parquet":
         table = files.Table(header, quoting)
-        rows = files.stream(paths, table, optional) if streaming else files.load(paths, table)
+        rows = files.stream(paths, table) if streaming else files.load(paths, table)
     else:
         rows = read_parquet(paths, streaming)
     if (len(rows) == 0) if isinstance(rows, Dataset) else is_empty(rows, paths[0]):
@@ -94,15 +95,7 @@ def first_cells(path: str) -> list[str] | None:
 
 def read_parquet(paths: list[str], streaming: bool) -> Dataset | IterableDataset:
     """Read parquet files. Raise InputError if one cannot be read."""
-    path = paths[0]
     try:
-        if any(map(is_packed, paths)):  # `datasets` does not decompress these files
-            if len(paths) > 1 or streaming:
-                raise InputError(
-                    f"{path}: a gzipped parquet file cannot be streamed or combined with other files; decompress it"
-                )
-            with files.opened(path) as unpacked:
-                return Dataset(pyarrow.parquet.read_table(unpacked))
         for file in paths:
             check_parquet(file)
         check_alike([file for file in paths if "://" not in file])
@@ -110,22 +103,18 @@ def read_parquet(paths: list[str], streaming: bool) -> Dataset | IterableDataset
         return checked_load("parquet", data_files=data_files, split="train", streaming=streaming)
     except InputError:
         raise
-    except Exception as error:  # Arrow, datasets, gzip and the URL clients raise many kinds of errors
-        raise files.unreadable(path, first_line(error.__cause__ or error)) from error
+    except Exception as error:  # Arrow, datasets and the URL clients raise many kinds of errors
+        raise files.unreadable(paths[0], first_line(error.__cause__ or error)) from error
 
 
 def check_parquet(path: str) -> None:
-    """Raise InputError if a local parquet file has no rows, an empty first row group, or two columns of the same name."""
+    """Raise InputError if a local parquet file has no rows, or two columns of the same name."""
     if "://" in path:
         return
     found = pyarrow.parquet.read_metadata(path)
-    names = found.schema.to_arrow_schema().names
-    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
-        raise InputError(f"{path}: two columns are named '{twice[0]}'; rename one of them")
+    files.check_names(found.schema.to_arrow_schema().names, path)
     if found.num_rows == 0:
         raise InputError(f"{path}: there are no rows")
-    if found.row_group(0).num_rows == 0:  # `datasets` uses this number as its batch size
-        raise InputError(f"{path}: the first row group has no rows; write the file again")
 
 
 def check_alike(paths: list[str]) -> None:
@@ -161,8 +150,8 @@ def check_files(paths: list[str]) -> str:
                 raise InputError(f"{path}: the file is empty")
         kind = kind_of(path)
         if kind not in KINDS:
-            accepted = ", ".join(f".{kind}" for kind in KINDS)
-            raise InputError(f"{path}: '{kind and '.' + kind}' files are not supported; use {accepted}, also with .gz")
+            accepted = ", ".join(f".{kind}" for kind in KINDS) + "; all but .parquet also with .gz"
+            raise InputError(f"{path}: '{kind and '.' + kind}' files are not supported; use {accepted}")
         endings.add(kind)
     if len(endings) > 1:
         found = ", ".join(f".{kind}" for kind in sorted(endings))

@@ -17,9 +17,8 @@ the rows of the same query belong together:
 
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 from datasets import Dataset
 
@@ -31,8 +30,6 @@ from hf_embed.errors import InputError, masked
 from hf_embed.evaluation.rows import first_match, label_number
 
 logger = logging.getLogger(__name__)
-
-Rows: TypeAlias = Dataset | Sequence[Mapping[str, Any]]
 
 QUERIES = [re.compile(name, re.IGNORECASE) for name in ("anchor", "query", "sent0", "question")]
 POSITIVES = [re.compile(name, re.IGNORECASE) for name in (r"pos(itive)?s?(_\d+)?", "sent1", r"answers?(_\d+)?")]
@@ -50,7 +47,7 @@ class Judged(NamedTuple):
     negatives: list[str]
 
 
-def judged_rows(rows: Rows, name: str) -> list[Judged]:
+def judged_rows(rows: Dataset, name: str) -> list[Judged]:
     """Find the query, the positives and the negatives of each row.
 
     Args:
@@ -60,7 +57,7 @@ def judged_rows(rows: Rows, name: str) -> list[Judged]:
     Raises:
         InputError: if a column is missing, or a cell is empty or not a text.
     """
-    names = names_of(rows, name)
+    names = rows.column_names
     queries, positives, negatives = columns_of(names, name)
     for columns, what in ((queries, "query"), (positives, "positive"), (negatives, "negative")):
         if not columns:
@@ -69,7 +66,7 @@ def judged_rows(rows: Rows, name: str) -> list[Judged]:
             )
     warn_of_unused(names, [queries[0], *positives, *negatives], name)
     found = []
-    for number, row in enumerate(with_columns(rows, [queries[0], *positives, *negatives], name), 1):
+    for number, row in enumerate(plain_rows(rows, [queries[0], *positives, *negatives], name), 1):
         where = f"{name}, row {number}"
         query = cell_text(row.get(queries[0]), f"{where}, column '{queries[0]}'")
         right, wrong = (
@@ -93,22 +90,21 @@ def columns_of(names: list[str], name: str) -> list[list[str]]:
     return found
 
 
-def judged_candidates(rows: Rows, name: str) -> list[Judged]:
+def judged_candidates(rows: Dataset, name: str) -> list[Judged]:
     """Return queries with their documents from rows of either layout.
 
     Raises:
         InputError: if a column is missing, a text is empty, or a label is not 0 or 1.
     """
-    names = names_of(rows, name)
+    names = rows.column_names
     queries, documents, labels = (first_match(names, patterns) for patterns in (QUERIES, DOCUMENTS, LABELS))
     if not (queries and documents and labels) or first_match(names, [NEGATIVE, *POSITIVES[:2]]):
         return judged_rows(rows, name)
     query, document, label = queries[0], documents[0], labels[0]
-    if isinstance(rows, Dataset):
-        check_label_names(rows, label, name)
+    check_label_names(rows, label, name)
     warn_of_unused(names, [query, document, label], name)
     found: dict[str, Judged] = {}
-    for number, row in enumerate(with_columns(rows, [query, document, label], name), 1):
+    for number, row in enumerate(plain_rows(rows, [query, document, label], name), 1):
         where = f"{name}, row {number}"
         text = cell_text(row.get(query), f"{where}, column '{query}'")
         candidates = cell_texts(row.get(document), f"{where}, column '{document}'")
@@ -122,26 +118,6 @@ def judged_candidates(rows: Rows, name: str) -> list[Judged]:
             is_right = label_number(value, f"{where}, column '{label}'")
             (judged.positives if is_right else judged.negatives).append(candidate)
     return list(found.values())
-
-
-def with_columns(rows: Rows, columns: list[str], name: str) -> Iterable[Mapping[str, Any]]:
-    """Return the rows of a table with only these columns. Return the rows of a list unchanged."""
-    return plain_rows(rows, columns, name) if isinstance(rows, Dataset) else rows
-
-
-def names_of(rows: Rows, name: str) -> list[str]:
-    """Return the names of the columns. Raise InputError if a row is not a dict."""
-    if isinstance(rows, Dataset):
-        return rows.column_names
-    for row in rows:
-        if not isinstance(row, Mapping):
-            raise InputError(
-                f"{name}: a row has the type {type(row).__name__}; give a dict with query, positive and negative for each row"
-            )
-    names = list(dict.fromkeys(column for row in rows for column in row))
-    if odd := [column for column in names if not isinstance(column, str)]:
-        raise InputError(f"{name}: the column name {odd[0]!r} is not a string; convert it to a string")
-    return names
 
 
 def warn_of_unused(names: list[str], used: list[str], name: str) -> None:

@@ -11,11 +11,11 @@ from datasets import Dataset
 
 from hf_embed.data.columns import ALIKE, plain
 from hf_embed.data.labeled import LABELS, check_label_names
-from hf_embed.data.sources import cell_text, first_cells, plain_rows, read_file
+from hf_embed.data.sources import cell_text, plain_rows
 from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import ordered
 from hf_embed.evaluation.ranking import average_precision, best_thresholds
-from hf_embed.evaluation.rows import as_list, hub_rows, label_number, text_lists
+from hf_embed.evaluation.rows import as_list, hub_rows, label_number, read_table, text_lists
 from hf_embed.evaluation.tasks import Embed, EvaluationTask, embed_once, pair_cosines, unranked
 
 # Names of columns, in the form that `plain` returns: those of labeled training pairs, and one more pair of names.
@@ -118,19 +118,17 @@ def labeled_pairs(path: str) -> Dataset:
     Raises:
         InputError: if there are no such columns, or if the name of label 0 says that its pairs belong together.
     """
-    rows, cells = hub_rows(path), None
+    rows, named = hub_rows(path), True
     if rows is None:
-        cells = first_cells(path)
-        header = cells is None or not HEADER.isdisjoint(map(plain, cells))
-        rows = read_file(path, header)
-        if not header and len(rows.column_names) == 3:
+        rows, named = read_table(path, HEADER)
+        if not named and len(rows.column_names) == 3:
             by_position, *texts = rows.column_names
             return rows.select_columns([*texts, by_position])
     names = {plain(name): name for name in reversed(rows.column_names)}
     pair = next((pair for pair in PAIRS if set(pair) <= set(names)), None)
     label = next((name for name in LABELS if name in names), None)
     if pair is None or label is None:
-        found = f"found the columns {', '.join(cells or rows.column_names)}"
+        found = f"found the columns {', '.join(map(str, rows.column_names if named else rows[0].values()))}"
         raise InputError(f"{path}: {found}; expected sentence1, sentence2 and label; rename the columns")
     check_label_names(rows, names[label], path)
     return rows.select_columns([names[name] for name in (*pair, label)])

@@ -4,19 +4,18 @@ Shapes: C candidates of a query.
 """
 
 import logging
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 from datasets import Dataset
 
-from hf_embed.data.python_rows import from_frame, is_frame
+from hf_embed.data.python_rows import RowData, as_rows
 from hf_embed.errors import InputError, masked
 from hf_embed.evaluation.geometry import cosines_of, ordered
-from hf_embed.evaluation.judged import Judged, Rows, judged_candidates
+from hf_embed.evaluation.judged import Judged, judged_candidates
 from hf_embed.evaluation.ranking import average_precision, ndcg, reciprocal_rank
-from hf_embed.evaluation.rows import as_list, read_rows
+from hf_embed.evaluation.rows import read_rows
 from hf_embed.evaluation.tasks import Embed, EvaluationTask, embed_once, unranked
 
 logger = logging.getLogger(__name__)
@@ -31,25 +30,25 @@ class Reranking(EvaluationTask):
     model.
 
     Args:
-        samples: dicts {"query": text, "positive": text or list of texts, "negative": text or list of texts}. The other names
-            that `hf_embed.evaluation.judged` lists are accepted too, and so are the rows of a `Dataset` or a pandas DataFrame.
+        samples: rows with the columns that `hf_embed.evaluation.judged` lists, for example dicts {"query": text, "positive":
+            list of texts, "negative": list of texts}; also the rows of a `Dataset` or of another kind that
+            `hf_embed.data.python_rows` lists.
+        name: the name of the rows in messages.
 
     Raises:
         InputError: if a sample has another form, or no sample has both a positive and a negative document.
     """
 
-    samples: Iterable[Judged | Mapping[str, Any]]
+    samples: RowData
+    name: str = "Reranking"
 
     kind = "reranking"
     main = "rerank_map"
     reported = ("rerank_map", "rerank_mrr@10", "rerank_ndcg@10")
 
     def __post_init__(self) -> None:
-        rows = from_frame(self.samples, "Reranking") if is_frame(self.samples) else self.samples
-        self.samples = rows if isinstance(rows, Dataset) else as_list(rows, "Reranking: samples")
-        if not all(isinstance(sample, Judged) for sample in self.samples):
-            self.samples = judged_candidates(cast("Rows", self.samples), "Reranking")
-        self.judged = without_one_sided_queries(cast("list[Judged]", self.samples), "Reranking")
+        rows = cast(Dataset, as_rows(self.samples, self.name))
+        self.judged = without_one_sided_queries(judged_candidates(rows, self.name), self.name)
 
     def score(self, embed: Embed) -> dict[str, float]:
         """Return rerank_map, rerank_mrr@10 and rerank_ndcg@10 of `embed`, x 100, as means over the queries.
@@ -80,7 +79,7 @@ def read_reranking(path: str) -> Reranking:
     Raises:
         InputError: if a column is missing, a text is empty, or no query has both a positive and a negative document.
     """
-    return Reranking(without_one_sided_queries(judged_candidates(read_rows(path), path), path))
+    return Reranking(read_rows(path), path)
 
 
 def without_one_sided_queries(samples: list[Judged], name: str) -> list[Judged]:

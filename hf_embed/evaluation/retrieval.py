@@ -21,7 +21,7 @@ from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_embed.data.files import lines, parsed, shortened
+from hf_embed.data.files import Table, json_rows, shortened, table_rows
 from hf_embed.data.sources import read_hub
 from hf_embed.distributed import gather_objects, get_rank, get_world_size
 from hf_embed.errors import InputError
@@ -36,7 +36,6 @@ logger = logging.getLogger(__name__)
 SPLITS = ("test", "dev", "validation", "train")
 QRELS = ("query-id", "corpus-id", "score")
 Row = dict[str, Any]
-LINE = "line in the file"  # a key added to each BEIR row, for its line number
 
 
 @dataclass
@@ -240,13 +239,10 @@ def make_retrieval(queries: Iterable[Row], corpus: Iterable[Row], judged: Iterab
 def texts_by_id(rows: Iterable[Row], text_of: Callable[[Row], str], name: str) -> dict[str, str]:
     """Return {id: text}. Raise InputError if two different texts have the same id. `name` names the rows in messages."""
     texts: dict[str, str] = {}
-    places: dict[str, int | None] = {}
     for row in rows:
-        key, line = str(row["_id"]), row.get(LINE)
-        if texts.setdefault(key, text_of(row)) != text_of(row):
-            where = f"{name}.jsonl, lines {places[key]} and {line} have" if line else f"{name}: two rows have"
-            raise InputError(f"{where} the same _id '{key}' but different texts; ids must differ")
-        places[key] = line
+        key, text = str(row["_id"]), text_of(row)
+        if texts.setdefault(key, text) != text:
+            raise InputError(f"{name}: two rows have the same _id '{key}' but different texts; ids must differ")
     return texts
 
 
@@ -261,10 +257,7 @@ def read_qrels(folder: Path, split: str | None) -> list[tuple[str, str, int]]:
     path = str(folder / f"{there[0]}.tsv")
     grades: dict[tuple[str, str], int] = {}
     order, first, width = [0, 1, 2], True, 3
-    for number, line in lines(path):
-        if line.isspace():
-            continue
-        row = line.rstrip("\r\n").split("\t")
+    for number, _, row in table_rows(path, Table()):
         if first:
             first = False
             if set(QRELS) <= set(row):
@@ -283,26 +276,14 @@ def read_qrels(folder: Path, split: str | None) -> list[tuple[str, str, int]]:
 
 
 def read_jsonl(path: Path) -> list[Row]:
-    """Read rows with "_id" and "text". Each row also gets its line number under the key `LINE`.
-
-    The file is parsed line by line, because in some corpora the other fields differ from row to row.
-    """
+    """Read rows with "_id" and "text"."""
     if not path.is_file():
         raise InputError(f"{path}: this file does not exist; a BEIR folder has corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv")
     rows = []
-    for number, line in lines(str(path)):
-        if line.isspace():
-            continue
-        try:
-            row = parsed(line, str(path), number)
-        except InputError as error:
-            if isinstance(error.__cause__, UnicodeError):
-                raise
-            row = None
-        known = isinstance(row, dict) and isinstance(row.get("text"), str) and isinstance(row.get("_id"), str | int)
+    for number, row in json_rows(str(path)):
+        known = isinstance(row.get("text"), str) and isinstance(row.get("_id"), str | int)
         if not known or not str(row["_id"]):
             raise InputError(f"{path}, line {number}: expected a JSON object with _id and text")
-        row[LINE] = number
         rows.append(row)
     return rows
 

@@ -2,14 +2,14 @@
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset
 
 from hf_embed.data.columns import numbers_in, plain
 from hf_embed.data.files import shortened
-from hf_embed.data.sources import KINDS, cell_text, read_file, read_hub
+from hf_embed.data.sources import KINDS, cell_text, first_cells, read_file, read_hub
 from hf_embed.errors import InputError
 from hf_embed.read_files import kind_of
 
@@ -36,6 +36,17 @@ def read_rows(path: str) -> Dataset:
     """Read a file with named columns, or OWNER/DATASET:SPLIT on the Hub."""
     rows = hub_rows(path)
     return read_file(path) if rows is None else rows
+
+
+def read_table(path: str, names: Collection[str]) -> tuple[Dataset, bool]:
+    """Return the rows of a file, and whether its columns have names.
+
+    The columns of a csv or tsv file without a header are named 0, 1, 2 ... Its first row is a header if it has one of `names`,
+    which are in the form that `plain` returns.
+    """
+    cells = first_cells(path)
+    named = cells is None or not set(names).isdisjoint(map(plain, cells))
+    return read_file(path, header=named), named
 
 
 def first_match(names: Iterable[str], patterns: Sequence[re.Pattern[str]]) -> list[str]:

@@ -18,10 +18,10 @@ from scipy.stats import spearmanr
 from transformers import EvalPrediction
 
 from hf_embed.data.labeled import check_label_names
-from hf_embed.data.sources import cell_text, first_cells, read_file, read_hub
+from hf_embed.data.sources import cell_text, read_hub
 from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import alignment, cosines_of, ordered, uniformity
-from hf_embed.evaluation.rows import hub_rows, is_number
+from hf_embed.evaluation.rows import hub_rows, is_number, read_table
 from hf_embed.evaluation.tasks import NO_ORDER, Embed, EvaluationTask, embed_once
 
 logger = logging.getLogger(__name__)
@@ -55,11 +55,9 @@ def spearman(cosines: np.ndarray, scores: np.ndarray) -> float:
 
 def read_sts(path: str) -> Dataset:
     """Read an STS file with the columns score, sentence1, sentence2, by name if there is a header, otherwise by position."""
-    cells = first_cells(path)
-    header = cells is None or bool(set(cells) & set(COLUMNS))
-    rows = read_file(path, header)
+    rows, named = read_table(path, COLUMNS)
     names = {c.lower(): c for c in rows.column_names}
-    if not header:
+    if not named:
         if len(rows.column_names) < 3:
             raise InputError(
                 f"{path}: found {len(rows.column_names)} column(s); an STS file has score, sentence1, sentence2, "

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel, Dataset
 
-from hf_embed.data.sources import first_cells, plain_rows, read_file, row_texts
+from hf_embed.data.sources import plain_rows, row_texts
 from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import ordered, unit
-from hf_embed.evaluation.rows import as_list
+from hf_embed.evaluation.rows import as_list, read_table
 from hf_embed.evaluation.tasks import Embed, EvaluationTask, embed_on_all_ranks, unranked
 from hf_embed.read_files import read_json
 
@@ -120,8 +120,7 @@ def warn_of_header(labels: list[str], path: str) -> None:
 
 def label_and_text(path: str) -> Dataset:
     """Read the rows of a file, with exactly the columns label and text."""
-    cells = first_cells(path)
-    rows = read_file(path, header=cells is None or bool({"label", "text"} & set(cells)))
+    rows, named = read_table(path, ("label", "text"))
     columns = {column.lower(): column for column in rows.column_names}
     if not {"label", "text"} <= set(columns):
         if {"label", "text"} & set(columns):
@@ -132,7 +131,7 @@ def label_and_text(path: str) -> Dataset:
             raise InputError(f"{path}: found {len(rows.column_names)} columns; expected label and text, by name or position")
         columns = dict(zip(("label", "text"), rows.column_names))
         labels = [str(label) for label in rows[columns["label"]]]
-        if cells is not None:
+        if not named:
             warn_of_header(labels, path)
         if len(labels) > 20 and len(set(labels)) > len(labels) / 2:
             raise InputError(
@@ -144,7 +143,7 @@ def label_and_text(path: str) -> Dataset:
 
 def read_label_names(labels_file: str, labels: list[str]) -> dict[str, str]:
     """Read the names of the labels from a JSON object. Raise InputError if a label has no name."""
-    names = read_json(labels_file, (dict, list), f"--zero_shot_labels {labels_file}")
-    if missing := [label for label in labels if not isinstance(names, dict) or not isinstance(names.get(label), str)]:
+    names = read_json(labels_file, name=f"--zero_shot_labels {labels_file}")
+    if missing := [label for label in labels if not isinstance(names.get(label), str)]:
         raise InputError(f"--zero_shot_labels {labels_file}: there is no text for the label '{missing[0]}'; add it")
     return names

@@ -32,7 +32,7 @@ from hf_embed.kit.seeds import read_seeds
 from hf_embed.log_lines import Progress
 from hf_embed.ranges import setting
 from hf_embed.ranks import writing_alone
-from hf_embed.read_files import first_line, parse_json, read_json
+from hf_embed.read_files import parse_json, read_json
 from hf_embed.safe_files import write_text, writing
 from hf_embed.training_record import number
 
@@ -82,7 +82,7 @@ def read_variants(given: list[str]) -> dict[str, dict[str, Any]]:
         try:
             variants = parse_json(given[0])
         except ValueError as error:
-            raise InputError(f"--variants is not valid JSON ({first_line(error)}): {given[0][:60]}") from error
+            raise InputError(f"--variants is not valid JSON ({error}): {given[0][:60]}") from error
         if wrong := [name for name, flags in variants.items() if not isinstance(flags, dict)]:
             raise InputError(f"variant '{wrong[0]}' has no dict of flags; give the flags in which it differs, {{}} for none")
         if wrong := [name for name, flags in variants.items() if FROM_HAND in {key.replace("-", "_") for key in flags}]:
