@@ -95,6 +95,7 @@ class CheckpointTrainer(HubTrainer):
         checkpoint = None
         if resume_from_checkpoint:
             checkpoint = on_main(lambda: self.find_checkpoint(resume_from_checkpoint))
+            self.check_on_each_node(checkpoint)
         if self.args.should_save:
             safe_files.clear_leftovers(Path(str(self.args.output_dir)))
             self._finish_current_push()  # removes the copy that a killed run was uploading
@@ -121,6 +122,10 @@ class CheckpointTrainer(HubTrainer):
         if checkpoint is None:
             raise InputError(f"No valid checkpoint found in output directory ({folder}): it has no checkpoint-N folder")
         if not latest:
+            if not (checkpoint / TRAINER_STATE_NAME).is_file():
+                raise InputError(
+                    f"{checkpoint}: there is no checkpoint ({TRAINER_STATE_NAME} does not exist); give a checkpoint-N folder"
+                )
             whole.check_whole(checkpoint)
         for line in resume.compare(checkpoint, whole.read_manifest(checkpoint)["run"], self.facts, self.args.allow_changed):
             logger.warning(line)
@@ -131,6 +136,13 @@ class CheckpointTrainer(HubTrainer):
                 "start again"
             )
         return str(checkpoint)
+
+    def check_on_each_node(self, checkpoint: str) -> None:
+        """Raise InputError if a machine has its own copy of the checkpoint (`save_on_each_node`) and that copy is damaged."""
+        own = self.args.save_on_each_node and self.args.local_process_index == 0
+        for rank, reason in enumerate(gather_objects(whole.damage(Path(checkpoint)) if own else None)):
+            if reason is not None:
+                raise InputError(f"{checkpoint}, on the machine of rank {rank}: {reason}; give another checkpoint")
 
     # ---- saving ----
 

@@ -287,7 +287,15 @@ def test_a_trainer_falls_back_and_ends_with_the_same_weights(run, tmp_path, capl
 
 def test_resuming_without_a_checkpoint_is_refused(tmp_path):
     assert "No valid checkpoint found in output directory" in error_of(trainer(tmp_path / "new").train, True)
-    assert "trainer_state.json does not exist" in error_of(trainer(tmp_path / "new").train, str(tmp_path))
+    assert "there is no checkpoint" in error_of(trainer(tmp_path / "new").train, str(tmp_path))
+
+
+def test_a_machine_with_a_damaged_copy_is_refused(run, tmp_path):
+    checkpoint = shutil.copytree(run / "checkpoint-4", tmp_path / "checkpoint-4")
+    flip(checkpoint / "optimizer.pt")
+    message = error_of(trainer(tmp_path, save_on_each_node=True).check_on_each_node, str(checkpoint))
+    assert "checkpoint-4, on the machine of rank 0: optimizer.pt has changed since it was written" in message
+    trainer(tmp_path).check_on_each_node(str(checkpoint))  # control: without its own copy, a machine does not read it
 
 
 # ---- files that are whole and do not fit ----
