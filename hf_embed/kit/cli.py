@@ -5,11 +5,11 @@ import contextlib
 import copy
 import dataclasses
 import difflib
+import io
 import json
 import logging
 import os
 import re
-import signal
 import sys
 import time
 import traceback
@@ -465,6 +465,8 @@ def run(main: Callable[[], object]) -> None:
     for library in ("datasets", "huggingface_hub"):  # their own handlers would print each message a second time, with secrets
         logging.getLogger(library).handlers.clear()
     sys.excepthook = show_masked
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file on Windows cannot hold every character of a user's texts
+        sys.stdout.reconfigure(errors="backslashreplace")
     main_process = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if main_process and "hub_token" in given_flags(sys.argv):
         logger.warning(
@@ -486,7 +488,7 @@ def run(main: Callable[[], object]) -> None:
             print(flush=True)
         except BrokenPipeError:  # the program that reads the output, such as `head`, has ended
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is written at the exit
-            raise SystemExit(128 + signal.SIGPIPE) from None
+            raise SystemExit(128 + 13) from None  # 13 is SIGPIPE, which Windows does not have
         raise
     except InputError as error:
         # An error in a worker of the dataloader arrives as a traceback. Its last line is the error.
