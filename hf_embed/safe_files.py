@@ -35,6 +35,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 BUSY = "another process is writing to this folder"  # part of an error message
+WAITS = (0.1, 0.5, 2) if os.name == "nt" else ()  # seconds between attempts to rename
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # constants of renameat2 on Linux
 numbers = itertools.count()
 locks: dict[str, int] = {}  # of this process: real path -> file descriptor of the open folder
@@ -87,7 +88,7 @@ def put(new: Path, path: Path) -> None:
 
 def rename(old: Path, new: Path) -> None:
     """Rename a file or a folder. On Windows, wait a moment while another program has it open, for example a virus scanner."""
-    for seconds in (0.1, 0.5, 2) if os.name == "nt" else ():
+    for seconds in WAITS:
         with contextlib.suppress(PermissionError):
             old.replace(new)
             return

@@ -248,6 +248,14 @@ def test_run_hides_no_other_error():
         cli.run(lambda: 1 / 0)
 
 
+def test_characters_that_stdout_cannot_hold_are_escaped(monkeypatch):
+    """BUG: a run whose output went to a file on Windows ended in a traceback at the first such text."""
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="cp1252", newline="\n"))
+    cli.run(lambda: print("München, 東京"))
+    assert written.getvalue() == b"M\xfcnchen, \\u6771\\u4eac\n"
+
+
 def test_a_reader_that_has_ended_ends_the_run(monkeypatch):
     """BUG: `hf-embed sup-simcse --help | head` printed a traceback."""
     reading, writing = os.pipe()
