@@ -26,7 +26,7 @@ FULL = {
 REFUSED = {
     errno.EROFS: "the file system is read-only",
     errno.ENAMETOOLONG: "the name is too long",
-    errno.EACCES: "permission denied",
+    errno.EACCES: "permission denied" if os.name != "nt" else "permission denied, or another program has it open",
     errno.EPERM: "permission denied",
 }
 # The texts of libraries that do not give the error number: safetensors, PyTorch's workers and writer, NumPy.

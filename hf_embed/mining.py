@@ -262,7 +262,7 @@ def join_blocks(blocks: list[Path], work: Path, output: Path) -> Counter[str]:
     """Write the rows of all blocks to `output`, remove the work folder, and return the summed counts."""
     counts: Counter[str] = Counter()
     unfinished = work / "output"
-    with writing(unfinished) as aside, open(aside, "w", encoding="utf-8") as file:
+    with writing(unfinished) as aside, open(aside, "w", encoding="utf-8", newline="\n") as file:
         for path in blocks:
             block = read_json(path)
             if not block.keys() >= {"counts", "rows"}:

@@ -13,12 +13,14 @@ one atomic rename. However the process ends, either the complete old or the comp
 import contextlib
 import ctypes
 import errno
+import gc
 import glob
 import hashlib
 import itertools
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,6 +35,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 BUSY = "another process is writing to this folder"  # part of an error message
+WAITS = (0.1, 0.5, 2) if os.name == "nt" else ()  # seconds between attempts to rename
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # constants of renameat2 on Linux
 numbers = itertools.count()
 locks: dict[str, int] = {}  # of this process: real path -> file descriptor of the open folder
@@ -66,9 +69,9 @@ def writing(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file."""
+    """Write a text file, in UTF-8 and with the same bytes on every system."""
     with writing(path) as aside:
-        aside.write_text(text, encoding="utf-8")
+        aside.write_text(text, encoding="utf-8", newline="\n")
 
 
 def write_json(path: str | Path, content: object) -> None:
@@ -79,8 +82,19 @@ def write_json(path: str | Path, content: object) -> None:
 def put(new: Path, path: Path) -> None:
     """Move the complete file `new` to `path`, on the same file system."""
     flush_one(new)
-    new.replace(path)
+    rename(new, path)
     flush_one(path.parent)
+
+
+def rename(old: Path, new: Path) -> None:
+    """Rename a file or a folder. On Windows, wait a moment while another program has it open, for example a virus scanner."""
+    for seconds in WAITS:
+        with contextlib.suppress(PermissionError):
+            old.replace(new)
+            return
+        gc.collect()  # models that are no longer used, but whose weights lie in the file
+        time.sleep(seconds)
+    old.replace(new)
 
 
 def seal(path: Path) -> None:
@@ -186,14 +200,18 @@ def replace_folder(new: Path, folder: Path) -> None:
         take_lock(new)
     old = None
     if not folder.exists():
-        new.rename(folder)
+        rename(new, folder)
     elif exchange(new, folder):
         old = new
     else:
         old = replaced_name(folder)
         shutil.rmtree(old, ignore_errors=True)  # left by a process that was killed after the new folder was in place
-        folder.rename(old)
-        new.rename(folder)
+        rename(folder, old)
+        try:
+            rename(new, folder)
+        except OSError:
+            rename(old, folder)
+            raise
     flush_one(folder.parent)
     lock_of_new = locks.pop(key_of(new), None)
     release(folder)
@@ -234,12 +252,12 @@ def exchange(one: Path, other: Path) -> bool:
 def can_be_replaced(folder: Path) -> bool:
     """Return whether another folder can replace an existing one.
 
-    This is not possible for a mount point, for the current folder and the folders around it, for a folder whose parent is not
-    writable, and on Windows.
+    This is not possible for a mount point, for the current folder and the folders around it, and for a folder whose parent is
+    not writable.
     """
     folder = Path(os.path.realpath(folder))
     in_use = os.path.ismount(folder) or Path.cwd().is_relative_to(folder)
-    return os.name != "nt" and not in_use and os.access(folder.parent, os.W_OK)
+    return not in_use and os.access(folder.parent, os.W_OK)
 
 
 def link_tree(source: Path, target: Path) -> None:
@@ -254,9 +272,7 @@ def link_tree(source: Path, target: Path) -> None:
     elif source.is_file():
         try:
             os.link(source, target)
-        except OSError as error:
-            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
-                raise
+        except OSError:  # file systems give many reasons
             shutil.copy2(source, target)
 
 
@@ -267,7 +283,7 @@ def remove(path: Path) -> None:
         return
     going = path if path.name.startswith(SAVING) else path.with_name(f"{SAVING}{os.getpid()}-{next(numbers)}")
     if going != path:
-        path.rename(going)
+        rename(path, going)
     shutil.rmtree(going, ignore_errors=True)
 
 

@@ -76,14 +76,14 @@ def write_vectors(
         if get_rank() == 0 and not holds(unfinished, shape, like.dtype):
             allocate(unfinished, shape, like.dtype)
         barrier()
-        rows = np.lib.format.open_memmap(unfinished, mode="r+")
-        forget_damaged(work / "done", rows)
+        forget_damaged(work / "done", np.load(unfinished, mmap_mode="r"))
 
         def write(numbers: range, path: Path) -> None:
             vectors = encoder.encode(texts[numbers.start : numbers.stop], **options)
             if not np.isfinite(vectors).all():
                 bad = numbers[int(np.argmin(np.isfinite(vectors).all(1)))]
                 raise InputError(f"the vector of text {bad + 1} ({texts[bad][:60]!r}) is not finite; check the model")
+            rows = np.load(unfinished, mmap_mode="r+")  # for this part only, because Windows does not rename an open file
             rows[numbers.start : numbers.stop] = vectors
             rows.flush()
             path.write_text(hash_of_part(rows, numbers.start))

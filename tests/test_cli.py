@@ -247,6 +247,23 @@ def test_run_hides_no_other_error():
         cli.run(lambda: 1 / 0)
 
 
+def test_characters_that_stdout_cannot_hold_are_escaped(monkeypatch):
+    """BUG: a run whose output went to a file on Windows ended in a traceback at the first such text."""
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="cp1252", newline="\n"))
+    cli.run(lambda: print("München, 東京"))
+    assert written.getvalue() == b"M\xfcnchen, \\u6771\\u4eac\n"
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "byte-order mark"])
+def test_piped_text_is_utf_8(monkeypatch, mark):
+    """BUG: on Windows, a query from a file was read as cp1252, and other words were searched for."""
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(mark + "München, 東京\n".encode()), encoding="cp1252"))
+    read = []
+    cli.run(lambda: read.append(input()))
+    assert read == ["München, 東京"]
+
+
 def test_a_reader_that_has_ended_ends_the_run(monkeypatch):
     """BUG: `hf-embed sup-simcse --help | head` printed a traceback."""
     reading, writing = os.pipe()

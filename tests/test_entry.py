@@ -284,6 +284,14 @@ def test_a_reader_that_has_ended_ends_the_list_without_a_message():
     assert (done.returncode, done.stderr) == (-signal.SIGPIPE, "")
 
 
+def test_the_command_works_where_there_is_no_sigpipe(monkeypatch, capsys):
+    """BUG: on Windows, `hf-embed` without arguments ended in a traceback."""
+    monkeypatch.delattr(signal, "SIGPIPE")
+    monkeypatch.setattr(sys, "argv", ["hf-embed"])
+    command.main()
+    assert "sup-simcse" in capsys.readouterr().out
+
+
 def test_an_unknown_recipe_is_one_line():
     assert (
         error_of(command.find_recipe, "sup_simces")

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from hf_embed import Encoder, InputError, safe_files
 from hf_embed.checkpoint import save
 from hf_embed.checkpoint.save import renewed
 from hf_embed.kit.overwrite import EarlierRun, earlier_files, working_folder
+from hf_embed.kit.report import load_saved
 from hf_embed.trainer import ContrastiveTrainer
 
 
@@ -402,3 +404,17 @@ def test_on_two_processes_the_first_checkpoint_is_the_new_one(old, tmp_path):
     assert [p.name for p in out.glob("checkpoint-[0-9]*")] == ["checkpoint-1"] and matches(out)
     names = {path.name for path in (out / "checkpoint-1").iterdir()}
     assert {"rng_state_0.pth", "rng_state_1.pth", "model.safetensors"} < names and "old" not in names
+
+
+def test_the_loaded_model_does_not_keep_its_file_open(tmp_path, finished):
+    """BUG: on Windows, the scored model kept its file open, so the new run could not take the place of the earlier one."""
+    shutil.copytree(finished / "out", tmp_path / "out")
+    plan = types.SimpleNamespace(
+        model_args=types.SimpleNamespace(trust_remote_code=False),
+        folder=tmp_path / "out",
+        args=types.SimpleNamespace(device="cpu"),
+    )
+    encoder = load_saved(plan)
+    assert str(tmp_path / "out") not in Path("/proc/self/maps").read_text()
+    stored = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in encoder.backbone.named_parameters())

@@ -1,25 +1,33 @@
 """A file or folder is always the complete old one or the complete new one, at whichever system call the writer is killed."""
 
+import contextlib
+import errno
+import io
 import os
 import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
 from conftest import error_of
 
-from hf_embed import safe_files
+from hf_embed import disk, safe_files
 from hf_embed.errors import InputError
 from hf_embed.safe_files import (
+    can_be_replaced,
+    is_sealed,
     link_tree,
     lock_folder,
+    new_folder,
     new_folder_beside,
     release,
     remove_leftovers,
     replace_folder,
     restore_folder,
+    seal,
     take_lock,
     write_json,
     write_text,
@@ -127,6 +135,72 @@ def test_a_link_is_of_the_same_file(tmp_path):
         file.write("2")
     assert (tmp_path / "c" / "b" / "log").read_text() == (tmp_path / "c" / "link").read_text() == "12"
     assert os.readlink(tmp_path / "c" / "link") == "b/log"
+
+
+def test_a_file_system_without_links_gets_copies(tmp_path, monkeypatch):
+    """BUG: on some file systems (exFAT on Windows, Android), the error number was another one, and saving failed."""
+
+    def refuse(*paths):
+        raise OSError(errno.EINVAL, "Incorrect function")
+
+    monkeypatch.setattr(os, "link", refuse)
+    make(tmp_path / "a", "text")
+    link_tree(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b" / "config").read_text() == (tmp_path / "b" / "weights").read_text() == "text"
+
+
+# ---- Windows ----
+
+
+def test_a_text_file_has_the_same_bytes_on_windows(tmp_path, monkeypatch):
+    """BUG: on Windows, no sealed file counted as whole, so cached tables and finished parts were made again in each run."""
+    opened = io.open
+
+    def as_windows(file, mode="r", buffering=-1, encoding=None, errors=None, newline=None, *rest, **more):
+        newline = "\r\n" if newline is None and set("wax+") & set(mode) and "b" not in mode else newline
+        return opened(file, mode, buffering, encoding, errors, newline, *rest, **more)
+
+    monkeypatch.setattr(io, "open", as_windows)
+    (tmp_path / "plain").write_text("a\n")
+    assert (tmp_path / "plain").read_bytes() == b"a\r\n"
+    seal(tmp_path / "plain")
+    assert is_sealed(tmp_path / "plain")
+    write_text(tmp_path / "b", "a\nb\n")
+    assert (tmp_path / "b").read_bytes() == b"a\nb\n"
+
+
+def test_a_folder_can_be_replaced_on_windows(tmp_path, monkeypatch):
+    """BUG: the second run of the recipe without arguments was refused there, and a failed save removed the earlier model."""
+    folder = make(tmp_path / "model", "old")
+    monkeypatch.setattr(safe_files, "os", types.SimpleNamespace(**vars(os) | {"name": "nt"}))
+    monkeypatch.setattr(safe_files, "exchange", lambda one, other: False)
+    assert can_be_replaced(folder)
+    monkeypatch.chdir(folder)
+    assert not can_be_replaced(folder)
+    monkeypatch.chdir(tmp_path)
+    with new_folder(folder) as new:
+        make(new, "new")
+    assert (folder / "config").read_text() == "new" and os.listdir(tmp_path) == ["model"]
+
+
+@pytest.mark.parametrize("busy", [2, 3])
+def test_a_rename_waits_until_a_virus_scanner_has_closed_the_folder(tmp_path, monkeypatch, busy):
+    """After too many attempts, the old folder is in its place again."""
+    folder, move, refused = make(tmp_path / "model", "old"), os.replace, []
+
+    def replace(old, new):
+        if Path(new) == folder and len(refused) < busy and (Path(old) / "config").read_text() == "new":
+            refused.append(old)
+            raise PermissionError(errno.EACCES, "in use", str(old))
+        move(old, new)
+
+    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(safe_files, "exchange", lambda one, other: False)
+    monkeypatch.setattr(safe_files, "WAITS", (0, 0))
+    with contextlib.nullcontext() if busy == 2 else pytest.raises(disk.DiskError, match="permission denied"):  # noqa: SIM117
+        with new_folder(folder) as new:
+            make(new, "new")
+    assert (folder / "config").read_text() == ("new" if busy == 2 else "old") and os.listdir(tmp_path) == ["model"]
 
 
 HOLD = """

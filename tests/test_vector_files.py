@@ -1,5 +1,6 @@
 """Vector files: one or two ranks write them, a stopped run is resumed, and files of another model or text are refused."""
 
+import errno
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from conftest import error_of, tiny_encoder
 from datasets import Dataset
@@ -48,6 +50,20 @@ def test_rows_are_those_of_encode(encoder, small_shards, tmp_path, options):
     found, used = read_vectors(tmp_path / "out.npy", encoder, TEXTS)
     np.testing.assert_array_equal(found, vectors)
     assert used == {key: value for key, value in options.items() if key != "batch_size"}
+
+
+def test_no_open_file_is_renamed(encoder, small_shards, tmp_path, monkeypatch):
+    """BUG: on Windows, which refuses this, each run ended in "permission denied" when all texts were encoded."""
+    move = os.replace
+
+    def replace(old, new):
+        if str(old) in [file.path for file in psutil.Process().open_files()]:
+            raise PermissionError(errno.EACCES, "in use", str(old))
+        move(old, new)
+
+    monkeypatch.setattr(os, "replace", replace)
+    write_vectors(encoder, TEXTS, tmp_path / "out.npy")
+    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), encoder.encode(TEXTS), atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", [iter, "".join, np.array, tuple])

@@ -32,7 +32,7 @@ from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.pooling import POOLINGS
 from hf_embed.progress import quiet_libraries
-from hf_embed.safe_files import SAVING, can_be_replaced, flush, flush_one, link_tree, new_folder, remove
+from hf_embed.safe_files import SAVING, can_be_replaced, flush, flush_one, link_tree, new_folder, remove, rename
 from hf_embed.tempscale import applied_tempscale, apply_tempscale, remove_tempscale
 from hf_embed.tempscale.fold import folded, why_not_foldable
 from hf_embed.text_models import is_remote
@@ -162,7 +162,7 @@ def put_in_place(new: Path, folder: Path) -> None:
         target = folder / name
         if target.is_dir():
             remove(target)
-        os.replace(new / name, target)
+        rename(new / name, target)
     flush_one(folder)
 
 

@@ -181,7 +181,9 @@ def start_worker(worker: int, num_workers: int, rank: int) -> None:
     and needs its workers for that. So a worker ends only when the training process ends or stops the worker.
     """
     seed_worker(worker, num_workers=num_workers, rank=rank)
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+    if not hasattr(signal, "sigwaitinfo"):  # macOS and Windows
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    else:
         noticed = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT}
         signal.pthread_sigmask(signal.SIG_BLOCK, noticed)
         threading.Thread(target=end_with_training, args=(noticed, os.getppid()), daemon=True).start()

@@ -5,11 +5,11 @@ import contextlib
 import copy
 import dataclasses
 import difflib
+import io
 import json
 import logging
 import os
 import re
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -441,6 +441,10 @@ def run(main: Callable[[], object]) -> None:
     for library in ("datasets", "huggingface_hub"):  # their own handlers would print each message a second time, with secrets
         logging.getLogger(library).handlers.clear()
     sys.excepthook = show_error
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file on Windows cannot hold every character of a user's texts
+        sys.stdout.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdin, io.TextIOWrapper) and not sys.stdin.isatty():
+        sys.stdin.reconfigure(encoding="utf-8-sig")  # as all files are read, also on Windows
     main_process = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if main_process and "hub_token" in given_flags(sys.argv):
         logger.warning(
@@ -462,7 +466,7 @@ def run(main: Callable[[], object]) -> None:
             print(flush=True)
         except BrokenPipeError:  # the program that reads the output, such as `head`, has ended
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is written at the exit
-            raise SystemExit(128 + signal.SIGPIPE) from None
+            raise SystemExit(128 + 13) from None  # 13 is SIGPIPE, which Windows does not have
         raise
     except InputError as error:
         # An error in a worker of the dataloader arrives as a traceback. Its last line is the error.

@@ -77,7 +77,8 @@ def start_several(words: list[str]) -> None:
 def main() -> None:
     """Run the command `hf-embed`."""
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help", "help", "list"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `hf-embed | head` ends without a message
+        if hasattr(signal, "SIGPIPE"):  # not on Windows
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `hf-embed | head` ends without a message
         print(listing())
         return
     if sys.argv[1] == "--version":

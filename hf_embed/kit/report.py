@@ -76,6 +76,8 @@ def load_saved(plan: Plan) -> Encoder:
     with quiet():
         trusted = plan.model_args.trust_remote_code
         encoder = Encoder.from_pretrained(str(plan.folder), trust_remote_code=trusted, dtype=torch.float32)
+    for parameter in encoder.parameters():  # else they are read from the file, and Windows does not rename its folder
+        parameter.data = parameter.data.clone()
     return encoder.to(plan.args.device)
 
 
