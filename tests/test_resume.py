@@ -602,7 +602,7 @@ def test_every_rank_is_told_the_same(two_ranks):
         ("other rows", "rank 0 differs from rank 1: data: the rows: their content differs; give all ranks the same rows"),
         ("fewer rows", "number of rows is 24 and on rank 1 22"),
         ("other batch", "the number of ranks was 1 and is 2: --per_device_train_batch_size 6"),
-        ("no checkpoint", "nowhere: the checkpoint is damaged (trainer_state.json does not exist)"),
+        ("no checkpoint", "nowhere: there is no checkpoint (trainer_state.json does not exist)"),
         # BUG: each rank drew its rows, or updated its weights, in its own way.
         ("other seed", "rank 0 differs from rank 1: seed_of_rows is 0 and on rank 1 1"),
         ("other dropout", "done"),
