@@ -111,7 +111,6 @@ def run_passes(encoder: "Encoder") -> tuple[int, int | None, Packable | None]:
 def compute_passes(encoder: "Encoder") -> tuple[int, int | None, Packable | None]:
     """Do what `run_passes` describes; the encoder has to be in evaluation mode."""
     rows = probe_rows(encoder)
-    further = sorted({key for row in rows for key in row} - {"input_ids"})
     flat = torch.tensor([token for row in rows for token in row["input_ids"]], device=encoder.device)
     lengths = [len(row["input_ids"]) for row in rows]
     lookups: list[tuple[Tensor, Tensor]] = []
@@ -123,7 +122,6 @@ def compute_passes(encoder: "Encoder") -> tuple[int, int | None, Packable | None
     with torch.no_grad():
         with Replaced(F.embedding, lookup):
             reference = torch.cat([alone(encoder, row, row.keys()) for row in rows])
-        plain = torch.cat([alone(encoder, row, ()) for row in rows]) if further else reference
         batch = encoder(flat, lengths, packed=False)["embeddings"]
         encoder.packable = find_packable(encoder, flat, lengths, reference)
         attends = tokens_see_each_other(encoder, rows[-1]["input_ids"], flat)
@@ -132,7 +130,7 @@ def compute_passes(encoder: "Encoder") -> tuple[int, int | None, Packable | None
         encoder.eval()
     with torch.enable_grad():
         training = encoder(flat, lengths)["embeddings"].detach()
-    check_passes(encoder, reference, further, plain, batch, training, attends)
+    check_passes(encoder, rows, reference, batch, training, attends)
     first = next(iter(encoder.dense), None)  # the first layer after the pooling, if there is one
     width = first.linear.in_features if isinstance(first, Dense) else reference.shape[-1]
     positions = table_of_positions(lookups, rows, word_table(encoder.base))
@@ -191,16 +189,15 @@ def odd_neighbors(encoder: "Encoder") -> list[Tensor]:
 
 
 def check_passes(
-    encoder: "Encoder", reference: Tensor, further: list[str], plain: Tensor, batch: Tensor, training: Tensor, attends: bool
+    encoder: "Encoder", rows: list[Row], reference: Tensor, batch: Tensor, training: Tensor, attends: bool
 ) -> None:
     """Compare the vectors of the texts, all (N, D).
 
     Args:
         encoder: the encoder.
+        rows: the texts.
         reference: each text alone, with every output of its tokenizer.
-        further: the names of these outputs other than the token ids.
-        plain: each text alone, from its token ids.
-        batch: all texts in one padded batch.
+        batch: all texts in one padded batch, from their token ids.
         training: as in training.
         attends: whether tokens see each other.
 
@@ -209,16 +206,8 @@ def check_passes(
     """
     tolerance = tolerance_of(encoder.backbone)
     problem = ""
-    if differ(plain, reference, tolerance):
-        problem = (
-            f"its embeddings depend on the tokenizer's {', '.join(further)}, but only token ids are passed to the model; if it "
-            "was trained without, set tokenizer.model_input_names = ['input_ids', 'attention_mask']"
-        )
-    elif differ(batch, reference, tolerance):
-        problem = (
-            "the embedding of a text depends on the other texts of its batch, or on chance (it differs in a padded batch); use "
-            "another architecture"
-        )
+    if differ(batch, reference, tolerance):
+        problem = problem_of_batch(encoder, rows, reference)
     elif differ(training, reference, tolerance):
         problem = "the forward pass of training differs from that of encode; use another architecture"
     elif not attends:
@@ -228,6 +217,21 @@ def check_passes(
         )
     if problem:
         raise Unequal(f"{type(encoder.base).__name__}: {problem}")
+
+
+def problem_of_batch(encoder: "Encoder", rows: list[Row], reference: Tensor) -> str:
+    """Say why the vectors of a batch differ from the reference, (N, D): for lack of the tokenizer's other outputs, or not."""
+    further = sorted({key for row in rows for key in row} - {"input_ids"})
+    plain = torch.cat([alone(encoder, row, ()) for row in rows])
+    if further and differ(plain, reference, tolerance_of(encoder.backbone)):
+        return (
+            f"its embeddings depend on the tokenizer's {', '.join(further)}, but only token ids are passed to the model; if it "
+            "was trained without, set tokenizer.model_input_names = ['input_ids', 'attention_mask']"
+        )
+    return (
+        "the embedding of a text depends on the other texts of its batch, or on chance (it differs in a padded batch); use "
+        "another architecture"
+    )
 
 
 def influences(encoder: "Encoder", names: list[str]) -> list[str]:

@@ -1,5 +1,6 @@
 """Shared helpers: tiny random models of every architecture, with a tokenizer of few tokens."""
 
+import copy
 import functools
 import gc
 import importlib.util
@@ -74,6 +75,7 @@ TINY = {
     "qwen3": (Qwen3Model, Qwen3Config, ROPE | {"head_dim": 8}),
 }
 DECODERS = {"qwen2", "qwen3"}
+MADE: dict[str, tuple[Encoder, torch.Tensor]] = {}  # what `tiny_encoder` copies, and the random state after it was made
 WITHOUT_DEEPSPEED = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is not None, reason="deepspeed is installed")
 
 
@@ -121,8 +123,17 @@ def small_tokenizer():
         return AutoTokenizer.from_pretrained(folder)
 
 
-def tiny_encoder(name: str = "bert", pooling: str = "mean", seed: int = 0, **settings) -> Encoder:
-    return Encoder(tiny_model(name, seed), small_tokenizer(), pooling, **settings).eval()
+def tiny_encoder(name: str = "bert", pooling: str = "mean", seed: int = 0, dense=(), **settings) -> Encoder:
+    """Return an encoder of a random model: a copy of one that is made, and checked, once for all tests of a process."""
+    key = repr((name, pooling, seed, settings))
+    if key not in MADE or dense:
+        made = Encoder(tiny_model(name, seed), small_tokenizer(), pooling, dense=dense, **settings).eval()
+        if dense:  # they show neither their weights nor whether they are shared
+            return made
+        MADE[key] = made, torch.get_rng_state()
+    made, state = MADE[key]
+    torch.set_rng_state(state)  # a test that draws numbers afterwards draws the same ones
+    return copy.deepcopy(made)
 
 
 @pytest.fixture(scope="session")
