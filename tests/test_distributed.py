@@ -20,7 +20,7 @@ from conftest import small_tokenizer, tiny_encoder, tiny_model
 from safetensors.torch import load_file
 from test_gte import formula
 from transformers import AutoModel
-from worker import BATCH, GTE, NO_DROPOUT, rows_with
+from worker import BATCH, GTE, HELD_OUT, HELD_OUT_OBJECTIVES, NO_DROPOUT, rows_with
 
 from hf_embed import Encoder
 from hf_embed.data.sampling import GlobalBatchSampler
@@ -170,6 +170,21 @@ def test_everything_is_scored_once(runs, ranks):
     assert 0 < one["eval_r_ndcg@10"] < 100
     # BUG: steps after the last log counted with the loss of the first rank's rows only.
     assert runs[ranks]["plain"]["loss"] == pytest.approx(runs[1]["plain"]["loss"], abs=1e-6)
+
+
+@pytest.mark.parametrize("objective", HELD_OUT_OBJECTIVES)
+@pytest.mark.parametrize("ranks", [2, THREE])
+def test_the_loss_of_held_out_rows_is_that_of_one_process(runs, ranks, objective):
+    one, several = runs[1]["held out"][objective], runs[ranks]["held out"][objective]
+    assert one.keys() == several.keys() and len(one) == 2 * (len(HELD_OUT) + 1)
+    assert all(several[key] == pytest.approx(one[key], rel=1e-9) for key in one)
+    assert all(one[key] != one[key.replace("before", "after")] for key in one if key.startswith("before"))
+
+
+def test_the_loss_of_held_out_rows_has_the_learned_temperature(runs):
+    learned, gte = runs[1]["held out"]["learned"], runs[1]["held out"]["gte"]
+    assert learned["before eval_loss"] == pytest.approx(gte["before eval_loss"], rel=1e-9)
+    assert learned["after eval_loss"] != pytest.approx(gte["after eval_loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize("ranks", [2, THREE])

@@ -7,17 +7,15 @@ import pytest
 import torch
 from conftest import error_of, small_tokenizer, tiny_encoder, tiny_model
 from datasets import Dataset
-from test_distributed import HERE, launch, run
 from transformers import BertForMaskedLM
-from worker import NO_DROPOUT, STS, WORDS
-from worker_held_out import GLOBAL_BATCH, HELD_OUT, NEW, OBJECTIVES, losses
+from worker import HELD_OUT, HELD_OUT_BATCH, NEW, NO_DROPOUT, STS, WORDS
 
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, HeldOut, SimCSE
 from hf_embed.data.tokenization import text_id
 from hf_embed.evaluation.held_out import HeldOutLoss, batches, with_model
 
 ROWS = HELD_OUT["even"]
-QUIET = {"per_device_train_batch_size": 4, "per_device_eval_batch_size": GLOBAL_BATCH, "max_steps": 2, "report_to": [],
+QUIET = {"per_device_train_batch_size": 4, "per_device_eval_batch_size": HELD_OUT_BATCH, "max_steps": 2, "report_to": [],
          "disable_tqdm": True, "use_cpu": True, "save_strategy": "no"}  # fmt: skip
 
 
@@ -32,7 +30,7 @@ def positives(row: dict) -> list[str]:
     return row["positive"] if isinstance(row["positive"], list) else [row["positive"]]
 
 
-def by_hand(encoder: Encoder, rows: list[dict], temperature: float, size: int = GLOBAL_BATCH) -> float:
+def by_hand(encoder: Encoder, rows: list[dict], temperature: float, size: int = HELD_OUT_BATCH) -> float:
     """Embed each text alone, compute the SimCSE loss of each row in a loop over its batch, and average over all rows."""
     tokenizer, total = encoder.tokenizer, 0.0
 
@@ -95,26 +93,6 @@ def test_a_loss_that_is_a_function_is_called_with_all_five(tmp_path):
     rows = [{"anchor": f"a {word}", "positive": f"{word} here"} for word in WORDS]
     with_function, with_object = (make(tmp_path, tiny_encoder(), rows, rows[:6], given) for given in (loss, SimCSE(0.2)))
     assert with_function.evaluate()["eval_loss"] == pytest.approx(with_object.evaluate()["eval_loss"], rel=1e-6)
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory) -> dict[int, dict]:
-    folder = tmp_path_factory.mktemp("held_out")
-    run(launch(2, HERE / "worker_held_out.py", folder))
-    return {1: losses(str(folder)), 2: torch.load(folder / "2.pt")}
-
-
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_two_ranks_give_the_loss_of_one(ranks, objective):
-    one, two = ranks[1][objective], ranks[2][objective]
-    assert one.keys() == two.keys() and len(one) == 2 * (len(HELD_OUT) + 1)
-    assert all(two[key] == pytest.approx(one[key], rel=1e-9) for key in one)
-    assert all(one[key] != one[key.replace("before", "after")] for key in one if key.startswith("before"))
-
-
-def test_a_learned_temperature_is_the_one_learned(ranks):
-    assert ranks[1]["learned"]["before eval_loss"] == pytest.approx(ranks[1]["gte"]["before eval_loss"], rel=1e-9)
-    assert ranks[1]["learned"]["after eval_loss"] != pytest.approx(ranks[1]["gte"]["after eval_loss"], rel=1e-4)
 
 
 def test_the_log_the_best_model_and_the_end(tmp_path):
@@ -226,11 +204,3 @@ def test_rows_that_are_trained_on_too_are_counted(tmp_path, caplog):
             tiny_encoder(), args, None, sources | {"c": Dataset.from_list(NEW)}, {"d": [NEW[1], NEW[8], ROWS[0]]}
         )
     assert "d: 2 of 3 held-out rows are also training rows" in caplog.text
-
-
-@pytest.mark.slow
-def test_three_ranks_of_which_one_has_no_row_of_a_batch(tmp_path):
-    run(launch(3, HERE / "worker_held_out.py", tmp_path))
-    one, three = losses(str(tmp_path)), torch.load(tmp_path / "3.pt")
-    for objective, found in one.items():
-        assert all(three[objective][key] == pytest.approx(found[key], rel=1e-9) for key in found)

@@ -66,6 +66,24 @@ def rows_with(negatives: int) -> list[dict]:
     return rows
 
 
+HELD_OUT_BATCH = 6
+NEW = [{"anchor": f"some {a}", "positive": f"{a} and {b}"} for a, b in zip(WORDS, WORDS[::-1])]
+HELD_OUT = {
+    "even": rows_with(1)[:12],
+    "ragged": rows_with(3)[:11],  # the last batch has five rows, which two ranks cannot share evenly
+    "single": rows_with(1)[:7],  # one row more than a batch
+    "few": NEW[:2],
+    # Each row has two positives. The second one is also a hard negative of the next row.
+    "lists": [{"anchor": f"some {word}", "positive": [f"{word} here", f"{word} there"], "negatives": [f"{before} there"]}
+              for word, before in zip(WORDS, WORDS[-1:] + WORDS[:-1])],
+}  # fmt: skip
+HELD_OUT_OBJECTIVES = {
+    "simcse": lambda: SimCSE(0.2),
+    "gte": lambda: ImprovedContrastive(0.2),
+    "learned": lambda: ImprovedContrastive(0.2, learn_temperature=True),
+}
+
+
 def rows_of_several_positives() -> list[dict]:
     """Return rows of up to three positives, which are also hard negatives and positives of other rows.
 
@@ -176,6 +194,26 @@ def train(folder: str, objective=None, rows: list[dict] = ROWS, evaluated: bool 
     }  # fmt: skip
 
 
+def held_out_losses(folder: str) -> dict[str, dict[str, float]]:
+    """Return for each objective the loss of each evaluation set before and after two training steps."""
+    found = {}
+    for name, objective in HELD_OUT_OBJECTIVES.items():
+        args = ContrastiveTrainingArguments(
+            folder, per_device_train_batch_size=12 // get_world_size(), max_steps=2,
+            per_device_eval_batch_size=HELD_OUT_BATCH // get_world_size(), **SETTINGS,
+        )  # fmt: skip
+        trainer = ContrastiveTrainer(
+            model=tiny_model(**NO_DROPOUT).double(), processing_class=small_tokenizer(), args=args, objective=objective(),
+            train_dataset=Dataset.from_list(rows_with(1)[12:]), eval_dataset=HELD_OUT,
+        )  # fmt: skip
+        before = trainer.evaluate()
+        trainer.train()
+        after = trainer.evaluate()
+        found[name] = {f"{when} {key}": value for when, scores in (("before", before), ("after", after))
+                       for key, value in scores.items() if key.endswith("loss")}  # fmt: skip
+    return found
+
+
 class NoteSources(ContrastiveTrainer):
     """A trainer that keeps the source and the text ids of the anchors of every batch of this rank."""
 
@@ -253,6 +291,9 @@ def main(folder: str) -> None:
         objective = ImprovedContrastive(0.2, tile_rows=tile_rows)
         result[key] = train(folder, objective, rows_with(negatives), gradient_caching=caching)
     result |= train_with_scores(folder)
+    everyone = gather_objects(held_out_losses(folder))
+    assert all(found == everyone[0] for found in everyone)  # the same on every rank, to the last bit
+    result["held out"] = everyone[0]
     result["vectors of each rank"] = gather_objects(vectors_of_a_teacher(folder))
     further = hf_embed.data.collator.gather_rows
     hf_embed.data.collator.gather_rows = lambda rows: torch.cat([rows] * get_world_size())  # a mistake: own rows only
