@@ -319,6 +319,11 @@ def check_training(args: TrainingArguments, encoder: Encoder, batches: int, name
     updates = math.ceil(batches / args.gradient_accumulation_steps)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * updates)
     check_schedule(args, steps)
+    length, unit = (steps / updates, "epochs") if args.eval_strategy == "epoch" else (steps, "steps")
+    if args.eval_strategy != "no" and args.eval_delay > length:
+        raise InputError(
+            f"eval_delay is {args.eval_delay:g}, but the run has {length:g} {unit}, so nothing would be evaluated; lower it"
+        )
 
 
 def warn_of_ignored(args: TrainingArguments, tasks: dict[str, Task]) -> None:

@@ -27,7 +27,6 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from hf_embed.checkpoint.card import store_results, stored_results
 from hf_embed.disk import check_folder
 from hf_embed.errors import InputError
 from hf_embed.evaluation.sts import seven_tasks
@@ -36,8 +35,7 @@ from hf_embed.kit.cli import REQUIRED, parse, run, setting
 from hf_embed.kit.eval_flags import EvalArguments, joined, read_tasks
 from hf_embed.kit.inference import FastEncodingArguments, load_for_encoding
 from hf_embed.kit.models import embed_with
-from hf_embed.kit.report import check_results, summary
-from hf_embed.safe_files import clear_leftovers
+from hf_embed.kit.report import check_results, store_evaluation, summary
 
 
 @dataclass
@@ -63,17 +61,16 @@ def main() -> None:
     scores = score_tasks(tasks, embed_with(encoder))
     if not state.is_main_process:
         return
-    print(f"{args.model_name_or_path}: pooling {encoder.pooling}, at most {encoder.max_length} tokens; scores x 100")
+    print(
+        f"{args.model_name_or_path}: pooling {encoder.pooling}, at most {encoder.max_length} tokens; scores x 100 "
+        "(but not alignment, uniformity and thresholds)"
+    )
     print("\n".join(score_table(scores, tasks)))
     if args.output_dir:
         about = {"model": args.model_name_or_path, "pooling": encoder.pooling, "max_length": encoder.max_length}
         about |= {"bf16": encoder.dtype == torch.bfloat16}
         results = about | summary({f"eval_{key}": value for key, value in scores.items()}, tasks)
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        clear_leftovers(Path(args.output_dir))
-        kept = stored_results(args.output_dir)  # results of the training, if this is the model's own folder
-        store_results(args.output_dir, kept | {"evaluated": results} if kept else results)
-        print(f"\nwrote {Path(args.output_dir, 'results.json')}")
+        print(f"\nwrote {store_evaluation(Path(args.output_dir), results)}")
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hf_embed.checkpoint.tables import sweep_table
+from hf_embed.data.columns import named_columns
 from hf_embed.data.labeled import read_pairs
-from hf_embed.data.sources import read_file, read_texts
+from hf_embed.data.sources import leave_out, read_file, read_texts
 from hf_embed.evaluation.retrieval import pairs_to_retrieval
 from hf_embed.kit import calibrate
 from hf_embed.kit.cli import parse, run, setting
@@ -23,7 +24,7 @@ from hf_embed.kit.docstrings import read_pages
 from hf_embed.kit.eval_flags import EvalArguments, joined, read_tasks
 from hf_embed.kit.inference import MODEL_HELP, EncodingArguments, load_for_encoding
 from hf_embed.kit.models import embed_with
-from hf_embed.kit.plan import QUICKSTART
+from hf_embed.kit.plan import QUICKSTART, refuse_unused
 from hf_embed.kit.report import saved_to
 from hf_embed.ranges import COUNT, Range, check_ranges
 
@@ -37,6 +38,8 @@ class Arguments(EncodingArguments):
     grid: list[float] = setting([*calibrate.TEMPERATURES], "Temperatures to try; then two around the best.")
     folds: int = setting(calibrate.FOLDS, "Number of folds of the cross-validation.")
     pairs: str | None = setting(None, "File of pairs: each anchor is a query for its positive.")
+    columns: list[str] = setting([], "Columns of --pairs under other names: anchor=question positive=answer.")
+    ignore_columns: list[str] = setting([], "Columns of --pairs to ignore, e.g. a label.")
     texts: str | None = setting(None, "Texts without labels: a txt, or a file with a column text.")
     max_texts: int = setting(calibrate.MAX_TEXTS, "Number of texts to use from --texts.")
     output_dir: str = setting("outputs/tempscale", "Folder for the model.")
@@ -44,6 +47,7 @@ class Arguments(EncodingArguments):
 
     def __post_init__(self) -> None:
         check_ranges(self, {"max_texts": COUNT, "max_length": COUNT, "folds": Range(least=2, whole=True)})
+        refuse_unused(self, ("columns", "ignore_columns"), "pairs", "give --pairs FILE")
         calibrate.check_temperatures(self.temperature, self.grid, self.folds)
 
 
@@ -52,7 +56,8 @@ def main() -> None:
     args, evaluation = parse([Arguments, EvalArguments])
     tasks = read_tasks(evaluation)
     if args.pairs:
-        tasks = joined(tasks, {"pairs": pairs_to_retrieval(read_pairs(read_file(args.pairs), args.pairs))}, "--pairs")
+        rows = named_columns(leave_out(read_file(args.pairs), args.ignore_columns, args.pairs), args.columns, args.pairs)
+        tasks = joined(tasks, {"pairs": pairs_to_retrieval(read_pairs(rows, args.pairs))}, "--pairs")
     if args.texts:
         tasks = joined(tasks, {"halves": calibrate.halves(read_texts(args.texts)[: args.max_texts])}, "--texts")
     calibrate.check_max_texts(args.max_texts, args.texts, needed=not tasks and args.temperature is None)

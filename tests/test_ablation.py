@@ -153,6 +153,7 @@ def test_bad_input_before_the_first_run(sentences, tmp_path, monkeypatch):
         (["--seeds", "1,1"], "give different whole numbers"),
         (["--seeds", "1,2", "--seed", "3"], "--seed 3 has no effect with --seeds; remove one of them"),
         (["--push_to_hub"], "--push_to_hub has no effect in an ablation"),
+        (["--title", "Mine"], "--title has no effect in an ablation"),
         (["--eval_strategy", "epoch"], "--eval_strategy has no effect in an ablation"),
     ):  # fmt: skip
         assert message in error_of(run, sentences, tmp_path / "out", *words)

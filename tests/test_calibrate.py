@@ -182,8 +182,16 @@ def test_recipe_searches_on_pairs(run, capsys):
     Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert "--max_texts has no effect" in error_of(run, "model", "--pairs", "pairs.jsonl", "--max_texts", "5")
     run("model", "--pairs", "pairs.jsonl", "--grid", "0.5", "--folds", "2")
-    curve = json.loads(Path("outputs/tempscale/results.json").read_text())["tempscale"]["curve"]
+    found = Path("outputs/tempscale/results.json").read_text()
+    curve = json.loads(found)["tempscale"]["curve"]
     assert [row["temperature"] for row in curve] == [0.5, 1.0] and 0 < curve[0]["pairs"] <= 100
+    # BUG: messages about the columns of --pairs advised flags that the recipe did not have.
+    other = [{"Frage": row["anchor"], "Antwort": row["positive"], "label": 1} for row in rows]
+    Path("other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in other))
+    named = ["--columns", "anchor=Frage", "positive=Antwort", "--ignore_columns", "label"]
+    run("model", "--pairs", "other.jsonl", *named, "--grid", "0.5", "--folds", "2", "--overwrite_output_dir")
+    assert json.loads(Path("outputs/tempscale/results.json").read_text())["tempscale"]["curve"] == curve
+    assert "--columns has no effect without --pairs; give --pairs FILE" in error_of(run, "model", *named[:3])
 
 
 def test_a_model_that_cannot_be_folded_is_refused_before_the_search(run):

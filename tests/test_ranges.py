@@ -258,6 +258,23 @@ def test_evaluation_without_a_set(tmp_path, settings):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("strategy", "delay", "wrong"), [("steps", 2, False), ("steps", 3, True), ("epoch", 1, False), ("epoch", 1.5, True)]
+)
+def test_a_delay_that_is_longer_than_the_run(tmp_path, strategy, delay, wrong):
+    """BUG: such a run was never evaluated, without a word. It has two steps, which are one epoch."""
+    settings = {"eval_strategy": strategy, "eval_steps": 1, "eval_delay": delay, "max_steps": 2,
+                "per_device_train_batch_size": len(ROWS) // 2}  # fmt: skip
+    if wrong:
+        message = error_of(trainer, tmp_path / "out", eval_dataset=Dataset.from_list(STS), **settings)
+        length = "1 epochs" if strategy == "epoch" else "2 steps"
+        assert message.startswith(f"eval_delay is {delay}, but the run has {length}, so nothing would be evaluated")
+    else:
+        run = trainer(tmp_path / "out", eval_dataset=Dataset.from_list(STS), **settings)
+        run.train()
+        assert [entry["step"] for entry in run.state.log_history if "eval_sts_spearman" in entry] == [2]
+
+
 # ---- runs that train nothing ----
 
 

@@ -30,6 +30,7 @@ import dataclasses
 import difflib
 import glob
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any, cast
 
@@ -153,7 +154,7 @@ def expand(files: str | list[str], folder: Path) -> list[str]:
     """List the files that are given by path, pattern or URL. Paths are relative to `folder`.
 
     Raises:
-        InputError: if no file matches a pattern.
+        InputError: if no file matches a pattern, or if two entries name the same file.
     """
     found = []
     for file in [files] if isinstance(files, str) else files:
@@ -163,4 +164,6 @@ def expand(files: str | list[str], folder: Path) -> list[str]:
         if not matching:
             raise InputError(f"{full}: no file matches this pattern; check the path")
         found += matching
+    if twice := [file for file, count in Counter(found).items() if count > 1]:
+        raise InputError(f"{twice[0]}: file: names it twice, so its rows would count twice; name it once")
     return found

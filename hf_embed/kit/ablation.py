@@ -55,7 +55,7 @@ MARKERS = "os^DvPX*"
 FIXED = {"save_strategy": "no", "load_best_model_at_end": False, "eval_strategy": "steps"}
 # Flags that would have no effect with any other value than this.
 UNUSED = FIXED | {"early_stopping_patience": None, "push_to_hub": False, "resume_from_checkpoint": None, "save_adapter": False,
-                  "show_searches": 0}  # fmt: skip
+                  "show_searches": 0, "title": None, "language": None, "license": None}  # fmt: skip
 
 
 @dataclass

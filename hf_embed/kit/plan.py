@@ -37,7 +37,7 @@ from hf_embed.objectives import Matryoshka, Objective, SimCSE
 from hf_embed.progress import hidden_bars
 from hf_embed.ranges import COUNT, Range, check_ranges, setting
 from hf_embed.trainer_inputs import as_task
-from hf_embed.trainer_settings import check_metric
+from hf_embed.trainer_settings import check_metric, default_of
 from hf_embed.training_record import on_the_hub
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ TRUST = "Run the model's own Python code, if it has any; read this code first."
 def refuse_unused(flags: Any, names: Sequence[str], needed: str, mend: str) -> None:
     """Raise InputError if one of the flags `names` is not at its default, although the flag that it needs is not given."""
     for name in names:
-        if not getattr(flags, needed) and getattr(flags, name) != type(flags).__dataclass_fields__[name].default:
+        if not getattr(flags, needed) and getattr(flags, name) != default_of(type(flags).__dataclass_fields__[name]):
             raise InputError(f"--{name} has no effect without --{needed}; {mend}")
 
 

@@ -15,7 +15,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import AutoConfig
 
-from hf_embed.checkpoint.card import own_results, store_results, write_card
+from hf_embed.checkpoint.card import own_results, store_results, stored_results, write_card
 from hf_embed.checkpoint.tables import comparison_table
 from hf_embed.checkpoint.verify import quiet
 from hf_embed.encoder import Encoder
@@ -29,7 +29,7 @@ from hf_embed.kit.overwrite import place_of, take_place
 from hf_embed.kit.plan import Plan
 from hf_embed.progress import hidden_bars
 from hf_embed.read_files import read_json
-from hf_embed.safe_files import writing
+from hf_embed.safe_files import clear_leftovers, writing
 from hf_embed.text_models import loading_class
 from hf_embed.trainer import ContrastiveTrainer
 from hf_embed.training_record import about_training, changed_settings, on_the_hub, shown, summary
@@ -132,6 +132,15 @@ def check_results(folder: str | Path, replaces: Iterable[str] = ("this package",
             if read_json(path, with_nan=True).keys() >= set(replaces):
                 return
         raise InputError(f"{path} has other content than results of a model, which would be lost; give another folder")
+
+
+def store_evaluation(folder: Path, results: dict[str, Any]) -> Path:
+    """Write results.json in `folder`, and return its path. In the folder of a model, earlier results are kept."""
+    folder.mkdir(parents=True, exist_ok=True)
+    clear_leftovers(folder)
+    kept = stored_results(folder)
+    store_results(folder, kept | {"evaluated": results} if kept or (folder / "config.json").is_file() else results)
+    return folder / "results.json"
 
 
 def saved_to(folder: Path, remote_code: bool = False) -> str:
