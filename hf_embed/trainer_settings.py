@@ -8,6 +8,7 @@
 import dataclasses
 import logging
 import math
+import os
 from typing import Any, cast
 
 import torch
@@ -339,7 +340,8 @@ def warn_of_ignored(args: TrainingArguments, tasks: dict[str, Task]) -> None:
             logger.warning(f"{name} has no effect: {reason}")
     if args.eval_steps and args.eval_strategy == "no":
         logger.warning("eval_steps has no effect: eval_strategy is no; set eval_strategy to steps")
-    if args.torch_compile:  # docs/results/speed.md has the measurement
+    compiles = args.torch_compile or os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no"  # a launch sets it
+    if compiles:  # docs/results/speed.md has the measurement
         logger.warning(
             "torch_compile: the chunks of each step have other sizes, and each size is compiled anew; on a CPU the first steps "
             "took over a minute each instead of 0.3 s; remove it, unless you have measured that it is faster on your machine"

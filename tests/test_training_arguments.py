@@ -365,6 +365,17 @@ def test_torch_compile_says_that_it_does_not_pay(tmp_path, caplog):
     assert [said for said in caplog.messages if said.startswith("torch_compile: the chunks of each step have other sizes")]
 
 
+def test_a_launch_that_compiles_says_so_too(tmp_path, caplog, monkeypatch):
+    """BUG: the warning read the training arguments alone, but `accelerate launch --dynamo_backend` compiles as well."""
+    for backend, warned in (("NO", False), ("EAGER", True)):
+        monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", backend)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            run = ours(tmp_path)
+        assert (str(run.accelerator.state.dynamo_plugin.backend) == "EAGER") is warned
+        assert any(said.startswith("torch_compile: the chunks") for said in caplog.messages) is warned
+
+
 def test_no_warning_without_a_reason(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "hf_embed"):
         ours(tmp_path, eval_strategy="steps", eval_steps=1)  # this sets do_eval
