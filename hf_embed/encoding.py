@@ -7,6 +7,8 @@ Shapes: N texts, n texts in a batch, D numbers per vector.
 """
 
 import contextlib
+import functools
+import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -27,6 +29,8 @@ from hf_embed.vectors import SIMILARITIES, check_packable, check_precision
 
 if TYPE_CHECKING:
     from hf_embed.encoder import Encoder
+
+logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=nn.Module)
 Item = TypeVar("Item")
@@ -304,6 +308,8 @@ def check_output(encoder: "Encoder", truncate_dim: int | None, normalize: bool |
 def on_devices(encoder: "Encoder", device: str | torch.device | Sequence[str | torch.device] | None) -> "list[Encoder]":
     """Return the encoder moved to one device, or one encoder per device of a list; see `Encoder.encode`."""
     if device is None:
+        if encoder.device.type == "cpu" and torch.cuda.is_available():
+            say_that_a_gpu_is_idle()
         return [encoder]
     if isinstance(device, str | int | torch.device):
         return [encoder.to(usable_device(device))]
@@ -312,6 +318,12 @@ def on_devices(encoder: "Encoder", device: str | torch.device | Sequence[str | t
         raise InputError("device is an empty list; name a device, or remove device")
     own = devices.index(encoder.device) if encoder.device in devices else None
     return [encoder if i == own else copy_of(encoder).to(place) for i, place in enumerate(devices)]
+
+
+@functools.cache  # once in a process
+def say_that_a_gpu_is_idle() -> None:
+    """Log that `encode` computes on the CPU of a machine with a GPU: sentence-transformers would have moved the model there."""
+    logger.warning('the model is on the CPU, although there is a GPU; move it there with .to("cuda"), or give encode device="cpu"')
 
 
 def usable_device(name: str | int | torch.device) -> torch.device:

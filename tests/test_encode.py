@@ -21,7 +21,7 @@ from sentence_transformers.util import quantize_embeddings
 from torch import nn
 from torch.nn import functional as F
 
-from hf_embed import Encoder, TempScaleConfig, apply_tempscale
+from hf_embed import Encoder, TempScaleConfig, apply_tempscale, encoding
 from hf_embed import encoder as encoder_module
 from hf_embed.pooling import Dense
 from hf_embed.vectors import as_floats, quantize
@@ -473,6 +473,16 @@ def test_an_error_of_a_later_batch_reaches_the_caller(devices, monkeypatch):
 @pytest.mark.parametrize("device", ["cuda:99", "gpu", ["cpu", "cuda:99"], []])
 def test_a_device_that_is_not_here_is_refused(device):
     assert "device" in error_of(tiny_encoder().encode, TEXTS, device=device)
+
+
+def test_a_gpu_that_is_not_used_is_named_once(monkeypatch, caplog):
+    """BUG: a model that was not moved encoded on the CPU without a word; sentence-transformers moves models by itself."""
+    encoder = tiny_encoder()
+    encoding.say_that_a_gpu_is_idle.cache_clear()
+    for available, device, said in ((False, None, 0), (True, "cpu", 0), (True, None, 1), (True, None, 1)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
+        encoder.encode(TEXTS, device=device)
+        assert caplog.text.count("the model is on the CPU, although there is a GPU; move it there with") == said
 
 
 def test_one_device_is_where_the_model_goes():
