@@ -323,7 +323,7 @@ def on_devices(encoder: "Encoder", device: str | torch.device | Sequence[str | t
 @functools.cache  # once in a process
 def say_that_a_gpu_is_idle() -> None:
     """Log that `encode` computes on the CPU of a machine with a GPU: sentence-transformers would have moved the model there."""
-    logger.warning('the model is on the CPU, although there is a GPU; move it there with .to("cuda"), or give encode device="cpu"')
+    logger.warning('the model is on the CPU, although there is a GPU; move it there with .to("cuda"), or give device="cpu"')
 
 
 def usable_device(name: str | int | torch.device) -> torch.device:
