@@ -41,6 +41,7 @@ from transformers import (
     XLMRobertaConfig,
     XLMRobertaModel,
 )
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from hf_embed import ContrastiveTrainer, Encoder, InputError
 from hf_embed.data.labeled import as_pairs
@@ -80,12 +81,16 @@ WITHOUT_DEEPSPEED = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is 
 
 
 @pytest.fixture(autouse=True)
-def same_warnings() -> Iterator[None]:
-    """Let the package warn after a test that took this process for another one than the main process."""
+def same_globals() -> Iterator[None]:
+    """Restore what tests leave behind: the level of our warnings on other ranks, and the DeepSpeed settings of a refused run.
+
+    transformers reads these settings as long as the arguments that hold them are in memory, which may be after the test.
+    """
     package = logging.getLogger("hf_embed")
     before = package.level
     yield
     package.setLevel(before)
+    unset_hf_deepspeed_config()
 
 
 @pytest.fixture(autouse=True, scope="module")
