@@ -69,15 +69,14 @@ def after_padding(ids: Tensor, lengths: Tensor, pad_id: int) -> Tensor:
 
 
 class Packable(NamedTuple):
-    """How a model can be packed: with this attention, on this kind of device, with tokens numbered in this way."""
+    """How a model can be packed: with this attention, and with tokens numbered in this way."""
 
     attention: str
-    device: str
     numbering: Numbering
 
 
 def place_of(model: PreTrainedModel) -> tuple[Any, str]:
-    """Return what decides how a model can be packed: its attention, and the kind of its device."""
+    """Return what decides whether a model can be packed: its attention, and the kind of its device."""
     return attention_backend(model.config), next(model.parameters()).device.type
 
 
@@ -87,7 +86,7 @@ def ways_to_pack(model: PreTrainedModel) -> list[Packable]:
     replaced = place[0] == "sdpa" and AttentionInterface()["sdpa"] is not attend_by_text  # by another library
     if replaced or place not in PACKED_ATTENTION:
         return []
-    return [Packable(*place, numbering) for numbering in (from_zero, after_padding)]
+    return [Packable(place[0], numbering) for numbering in (from_zero, after_padding)]
 
 
 def rounds_to_half(model: PreTrainedModel) -> bool:
