@@ -221,8 +221,11 @@ class Encoder(nn.Module):
                 f"{type(self.base).__name__}: its first output has the shape {tuple(states.shape)} for "
                 f"{tuple(input_ids.shape)} token ids, so there are no hidden states of tokens to pool; use a text encoder"
             )
-        states = states if packing is None else packing.unpack(states)
-        return cast(nn.Module, self.base.pooler)(states) if entry.model_pooler else entry.function(states, mask)
+        if packing is None:
+            return entry.function(states, mask)
+        groups = packing.unpack(states, mask)
+        pooler = cast(nn.Module, self.base.pooler) if entry.model_pooler else None
+        return torch.cat([entry.function(*group) if pooler is None else pooler(group[0]) for group in groups])
 
     def embed(self, input_ids: Tensor, mask: Tensor, packing: Packing | None = None, **further: Tensor) -> Tensor:
         """Return embeddings (b, D): pool the hidden states and apply the layers after the pooling. Arguments as for `pool`."""

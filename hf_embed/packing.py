@@ -16,7 +16,7 @@ Therefore `hf_embed.forward_check` computes a few texts both ways, and a model w
 Shapes: a chunk has b texts of at most T tokens, S tokens in all. D is the width of a hidden state.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -33,6 +33,8 @@ PACKED_ATTENTION = [("sdpa", "cpu"), ("sdpa", "cuda"), ("flash_attention_2", "cu
 # Under autocast, the size of a packed row of at least the square of this number is a multiple of it. For products in bfloat16
 # on a CPU, oneDNN compiles and keeps a kernel for each size, so fewer sizes need less memory.
 MULTIPLE = 16
+# The texts of a packed row are padded for the pooling: all at once if that is at most this number of times their tokens.
+MOST_PADDED = 4
 
 Numbering = Callable[[Tensor, Tensor, int], Tensor]  # (token ids (S,), lengths (b,), id of the padding token) -> positions (S,)
 
@@ -67,15 +69,14 @@ def after_padding(ids: Tensor, lengths: Tensor, pad_id: int) -> Tensor:
 
 
 class Packable(NamedTuple):
-    """How a model can be packed: with this attention, on this kind of device, with tokens numbered in this way."""
+    """How a model can be packed: with this attention, and with tokens numbered in this way."""
 
     attention: str
-    device: str
     numbering: Numbering
 
 
 def place_of(model: PreTrainedModel) -> tuple[Any, str]:
-    """Return what decides how a model can be packed: its attention, and the kind of its device."""
+    """Return what decides whether a model can be packed: its attention, and the kind of its device."""
     return attention_backend(model.config), next(model.parameters()).device.type
 
 
@@ -85,7 +86,7 @@ def ways_to_pack(model: PreTrainedModel) -> list[Packable]:
     replaced = place[0] == "sdpa" and AttentionInterface()["sdpa"] is not attend_by_text  # by another library
     if replaced or place not in PACKED_ATTENTION:
         return []
-    return [Packable(*place, numbering) for numbering in (from_zero, after_padding)]
+    return [Packable(place[0], numbering) for numbering in (from_zero, after_padding)]
 
 
 def rounds_to_half(model: PreTrainedModel) -> bool:
@@ -109,12 +110,14 @@ class Packing(NamedTuple):
         cu_seq_lens: (b + 1,) the first token of each text, and S. With padding tokens at the end, (b + 2,).
         longest: the number of tokens of the longest text.
         places: (b, T) the place of each token in the row. Padding has the place 0.
+        groups: the groups of texts that are padded together for the pooling; see `groups_to_pool`.
     """
 
     position_ids: Tensor
     cu_seq_lens: Tensor
     longest: int
     places: Tensor
+    groups: list[tuple[int, int]]
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments that make a model of transformers attend within texts: with flash_attn, and with "sdpa"."""
@@ -122,9 +125,36 @@ class Packing(NamedTuple):
         return {"position_ids": self.position_ids, "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest,
                 "max_length_k": longest, "text_bounds": bounds, "longest_text": longest}  # fmt: skip
 
-    def unpack(self, states: Tensor) -> Tensor:
-        """Return the hidden states (1, S, D) of the row as those of padded texts, (b, T, D). Padding has finite numbers."""
-        return F.embedding(self.places, states[0])
+    def unpack(self, states: Tensor, mask: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the hidden states (1, S, D) of the row as those of padded texts, (n, t, D), and their mask (n, t), by group.
+
+        `mask` is that of all texts, (b, T). Padding has finite numbers.
+        """
+        first = 0
+        for texts, longest in self.groups:
+            group = slice(first, first + texts)
+            yield F.embedding(self.places[group, :longest], states[0]), mask[group, :longest]
+            first += texts
+
+
+def groups_to_pool(lengths: list[int]) -> list[tuple[int, int]]:
+    """Return (number of texts, longest length) of the groups of consecutive texts that are padded together for the pooling.
+
+    All texts are one group, unless few of them are long, as in the second example. A group then ends before a text of less than
+    half its length, because a single long text would multiply the memory of a large chunk of short ones.
+
+    >>> groups_to_pool([4, 3, 1])
+    [(3, 4)]
+    >>> groups_to_pool([60, 5, 4, 4, 3, 2])
+    [(1, 60), (4, 5), (1, 2)]
+    """
+    if len(lengths) * max(lengths) <= MOST_PADDED * sum(lengths):
+        return [(len(lengths), max(lengths))]
+    groups: list[tuple[int, int]] = []
+    for length in lengths:
+        texts, longest = groups.pop() if groups and 2 * length >= groups[-1][1] else (0, 0)
+        groups.append((texts + 1, max(longest, length)))
+    return groups
 
 
 def row_size(tokens: int, device: str) -> int:
@@ -155,7 +185,7 @@ def pack(ids: Tensor, lengths: Tensor, pad_id: int, numbering: Numbering) -> tup
     ends = lengths.cumsum(0)
     columns = torch.arange(int(lengths.max()))
     mask = columns < lengths.unsqueeze(1)
-    places = ((ends - lengths).unsqueeze(1) + columns).masked_fill(~mask, 0)
+    places, groups = ((ends - lengths).unsqueeze(1) + columns).masked_fill(~mask, 0), groups_to_pool(lengths.tolist())
     if filler := row_size(len(ids), ids.device.type) - len(ids):
         ids, lengths = F.pad(ids, (0, filler), value=pad_id), F.pad(lengths, (0, 1), value=filler)
     packing = Packing(
@@ -163,5 +193,6 @@ def pack(ids: Tensor, lengths: Tensor, pad_id: int, numbering: Numbering) -> tup
         cu_seq_lens=copy_to(F.pad(lengths.cumsum(0), (1, 0)).int(), ids.device),
         longest=max(len(columns), filler),
         places=copy_to(places, ids.device),
+        groups=groups,
     )
     return ids.unsqueeze(0), copy_to(mask.long(), ids.device), packing

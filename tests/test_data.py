@@ -24,6 +24,7 @@ from hf_embed.data.sampling import GlobalBatchSampler, SourceBatchSampler
 from hf_embed.data.source_files import read_sources
 from hf_embed.data.sources import read_file, row_texts
 from hf_embed.data.tokenization import text_id, truncated_share, warn_of_truncation
+from hf_embed.packing import groups_to_pool
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +37,10 @@ def written(path, content):
     return str(path)
 
 
-@pytest.mark.parametrize("thing", [GlobalBatchSampler, RaggedCollator, SourceBatchSampler, move_back, move_tokens, plan_chunks])
+THINGS = [GlobalBatchSampler, RaggedCollator, SourceBatchSampler, groups_to_pool, move_back, move_tokens, plan_chunks]
+
+
+@pytest.mark.parametrize("thing", THINGS)
 def test_docstring_examples(thing):
     (example,) = doctest.DocTestFinder(recurse=False).find(thing)
     report = []
