@@ -29,6 +29,7 @@ from hf_embed.encoding import (
     check_sizes,
     encode_by_length,
     evaluating,
+    model_lock,
     on_devices,
     room_for_text,
     text_list,
@@ -128,9 +129,13 @@ class Encoder(nn.Module):
         self.checked = self._what_is_checked()
 
     def check_changed(self) -> None:
-        """Check the forward pass again if something that it depends on has changed since the last check."""
-        if self.checked != self._what_is_checked():
-            self.check_forward()
+        """Check the forward pass again if something that it depends on has changed since the last check.
+
+        Other threads wait for the end of the check before they encode.
+        """
+        with model_lock:
+            if self.checked != self._what_is_checked():
+                self.check_forward()
 
     def _what_is_checked(self) -> tuple[Any, ...]:
         """Return what the check depends on: attention, device, precision, TempScale, layers, pooling, size of the tokenizer."""

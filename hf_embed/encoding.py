@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from queue import SimpleQueue
-from threading import Lock
+from threading import Lock, RLock
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
@@ -36,7 +36,8 @@ Tokens: TypeAlias = list[list[int]]  # the token ids of each text of a batch
 SPACES = re.compile(r"[ \t\r\n]+")
 # For each model inside `evaluating`: the threads that use it, and the modules that were in training mode.
 _evaluated: dict[nn.Module, tuple[int, set[nn.Module]]] = {}
-_lock = Lock()
+# Held while the modes of a model change, and during a whole check of its forward pass, which changes modes and data types.
+model_lock = RLock()
 # Arguments of sentence-transformers' encode, and what replaces them here.
 ELSEWHERE = {
     "normalize_embeddings": "normalize=True or False",
@@ -255,7 +256,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     Afterwards, every submodule is in the mode it had before. For example, a layer that was frozen in evaluation mode stays so.
     If several threads are inside with the same model, the last one to leave restores the modes.
     """
-    with _lock:
+    with model_lock:
         users, training = _evaluated.get(model, (0, set()))
         switched = {module for module in model.modules() if module.training}
         _evaluated[model] = users + 1, training | switched
@@ -264,7 +265,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        with _lock:
+        with model_lock:
             users, training = _evaluated.pop(model)
             if users > 1:
                 _evaluated[model] = users - 1, training

@@ -427,6 +427,24 @@ def test_threads_that_share_an_encoder_in_training_mode_use_no_dropout():
     assert not encoder.dense.training
 
 
+def test_threads_wait_for_the_check_of_a_changed_model(monkeypatch):
+    """BUG: each thread made the check, which changes data types and turns dropout on, while others made it or encoded."""
+    encoder = Encoder(tiny_model(hidden_dropout_prob=0.5), small_tokenizer()).bfloat16().eval()
+    expected, measure, checks = copy.deepcopy(encoder).encode(TEXTS), encoder_module.measure, []
+
+    def slow(model):
+        checks.append(model.train())
+        time.sleep(0.1)
+        return measure(model.eval())
+
+    monkeypatch.setattr(encoder_module, "measure", slow)
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda _: encoder.encode(TEXTS), range(8)))
+    for vectors in found:
+        np.testing.assert_array_equal(vectors, expected)
+    assert len(checks) == 1 and not encoder.training
+
+
 def test_threads_that_share_an_encoder_scale_each_text_by_its_own_length():
     """BUG: the lengths of the texts of one thread were those of another one."""
     encoder = apply_tempscale(tiny_encoder(), TempScaleConfig(0.5, growth="log", reference_length=4))
