@@ -4,6 +4,8 @@ Where sentence-transformers has the same option, the results are compared on the
 """
 
 import copy
+import os
+import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -443,6 +445,30 @@ def test_threads_wait_for_the_check_of_a_changed_model(monkeypatch):
     for vectors in found:
         np.testing.assert_array_equal(vectors, expected)
     assert len(checks) == 1 and not encoder.training
+
+
+def test_a_forked_process_encodes():
+    """BUG: it waited forever for threads that are not copied (gunicorn --preload, datasets.map with num_proc)."""
+    encoder, threads = tiny_encoder(), torch.get_num_threads()
+    expected = encoder.encode(TEXTS)
+    try:
+        torch.set_num_threads(2)
+        torch.ones(10**6).sum()  # starts the threads
+        if (child := os.fork()) == 0:
+            right = False
+            try:
+                right = np.allclose(encoder.encode(TEXTS), expected, atol=1e-6)
+            finally:
+                os._exit(0 if right else 1)
+    finally:
+        torch.set_num_threads(threads)
+    end, found = time.monotonic() + 20, (0, 0)
+    while found == (0, 0) and time.monotonic() < end:
+        time.sleep(0.01)
+        found = os.waitpid(child, os.WNOHANG)
+    if found == (0, 0):
+        os.kill(child, signal.SIGKILL)
+    assert found == (child, 0)
 
 
 def test_threads_that_share_an_encoder_scale_each_text_by_its_own_length():
