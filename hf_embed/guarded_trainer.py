@@ -21,10 +21,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from hf_embed.activations import AS_NEEDED, Activations, check_caching
 from hf_embed.arguments import READ_ONCE, ContrastiveTrainingArguments
 from hf_embed.checkpoint_trainer import CheckpointTrainer
+from hf_embed.chunking import default_chunk_tokens
 from hf_embed.disk import disk_errors
 from hf_embed.distributed import gather_objects
 from hf_embed.dropout import use_fast_dropout, use_plain_dropout
-from hf_embed.encoder import Encoder, default_chunk_tokens
+from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError, RankError
 from hf_embed.evaluation.tasks import Task, logged_by, main_metric
 from hf_embed.library_internals import (
