@@ -142,7 +142,8 @@ def compute_passes(encoder: "Encoder") -> tuple[int, int | None, Packable | None
         encoder.train()  # Reformer in training mode raises an error for most lengths
         encoder(flat, lengths)
         encoder.eval()
-    with torch.enable_grad():
+    # Weights that were cast or moved under `torch.inference_mode` cannot have gradients.
+    with torch.set_grad_enabled(not any(parameter.is_inference() for parameter in encoder.parameters())):
         training = encoder(flat, lengths)["embeddings"].detach()
     check_passes(encoder, rows, reference, batch, training, attends)
     first = next(iter(encoder.dense), None)  # the first layer after the pooling, if there is one
