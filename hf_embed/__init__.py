@@ -9,7 +9,7 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from hf_embed.entry import announce, starts_recipe
-from hf_embed.version import __version__
+from hf_embed.version import __version__ as __version__
 
 if TYPE_CHECKING:  # `x as x` makes a name public for type checkers
     # isort: off

@@ -28,7 +28,7 @@ from hf_embed.training_record import on_the_hub, shown
 
 
 def average_models(
-    names: Sequence[str],
+    names: Sequence[str | Path],
     weights: Sequence[float] | None = None,
     max_length: int | None = None,
     trust_remote_code: bool = False,
@@ -50,15 +50,16 @@ def average_models(
     """
     shares = shares_of(names, weights)
     load = {"max_length": max_length, "trust_remote_code": trust_remote_code, "dtype": torch.float32}
-    average = Encoder.from_pretrained(names[0], **load)  # type: ignore[arg-type]
+    first, *others = map(str, names)
+    average = Encoder.from_pretrained(first, **load)  # type: ignore[arg-type]
     expected, total = described(average), tensors_of(average)
     for tensor in total.values():
         if tensor.is_floating_point():
             tensor.mul_(shares[0])
-    for name, share in zip(names[1:], shares[1:]):
+    for name, share in zip(others, shares[1:]):
         encoder = Encoder.from_pretrained(name, **load)  # type: ignore[arg-type]
-        check_same(described(encoder), expected, name, names[0])
-        add(total, tensors_of(encoder), share, name, names[0])
+        check_same(described(encoder), expected, name, first)
+        add(total, tensors_of(encoder), share, name, first)
     return average
 
 
@@ -83,7 +84,7 @@ def save_average(encoder: Encoder, folder: str | Path, names: Sequence[str], wei
         save_encoder(encoder, str(place), results=results)
 
 
-def shares_of(names: Sequence[str], weights: Sequence[float] | None) -> list[float]:
+def shares_of(names: Sequence[str | Path], weights: Sequence[float] | None) -> list[float]:
     """Return the share of each model in the average. The shares sum to 1.
 
     Raises:

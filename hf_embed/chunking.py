@@ -28,6 +28,21 @@ from hf_embed.ranks import largest
 MAX_PADDING = 0.15
 # But a chunk with fewer padded tokens than this does not end early, because very small chunks use the hardware badly.
 MIN_CHUNK_TOKENS = {"cpu": 512, "default": 8192}
+# Largest number of tokens in a chunk, padding included. A GPU needs large chunks. A CPU is fastest if a chunk's activations fit
+# its cache.
+DEFAULT_CHUNK_TOKENS = {"cpu": 2048, "default": 16384}
+# The same if a step keeps the activations of all its chunks, so that smaller chunks would save no memory. On a GPU, each chunk
+# costs the time in which the host starts its kernels.
+CHUNK_TOKENS_KEPT = DEFAULT_CHUNK_TOKENS | {"cuda": 65536}
+
+
+def default_chunk_tokens(device: torch.device, kept: bool = False) -> int:
+    """Return the largest number of padded tokens in a chunk if the user sets none.
+
+    `kept`: the activations of all chunks are kept for a backward pass.
+    """
+    sizes = CHUNK_TOKENS_KEPT if kept else DEFAULT_CHUNK_TOKENS
+    return sizes.get(device.type, sizes["default"])
 
 
 def plan_chunks(lengths: list[int], chunk_tokens: int, min_tokens: int | None) -> list[list[int]]:

@@ -4,11 +4,11 @@ Shapes: N texts with S tokens in all; a chunk has b texts padded to T tokens; D 
 width of a hidden state.
 """
 
-import itertools
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Unpack, cast, overload
 
 import numpy as np
 import torch
@@ -18,17 +18,21 @@ from torch.utils.data import DataLoader
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_embed.activations import Activations, ChunkEncoder
-from hf_embed.chunking import encode_in_chunks
+from hf_embed.chunking import default_chunk_tokens, encode_in_chunks
 from hf_embed.disk import disk_errors
 from hf_embed.encoding import (
+    Options,
+    Texts,
     Tokens,
     check_arguments,
     check_output,
     check_prompt,
     check_settings,
     check_sizes,
+    embed_tokens,
     encode_by_length,
     evaluating,
+    model_lock,
     on_devices,
     room_for_text,
     text_list,
@@ -47,13 +51,6 @@ if TYPE_CHECKING:
     from mteb.models.model_meta import ModelMeta
 
 logger = logging.getLogger(__name__)
-
-# Largest number of tokens in a chunk, padding included. A GPU needs large chunks. A CPU is fastest if a chunk's activations fit
-# its cache.
-DEFAULT_CHUNK_TOKENS = {"cpu": 2048, "default": 16384}
-# The same if a step keeps the activations of all its chunks, so that smaller chunks would save no memory. On a GPU, each chunk
-# costs the time in which the host starts its kernels.
-CHUNK_TOKENS_KEPT = DEFAULT_CHUNK_TOKENS | {"cuda": 65536}
 
 
 class Encoder(nn.Module):
@@ -128,9 +125,13 @@ class Encoder(nn.Module):
         self.checked = self._what_is_checked()
 
     def check_changed(self) -> None:
-        """Check the forward pass again if something that it depends on has changed since the last check."""
-        if self.checked != self._what_is_checked():
-            self.check_forward()
+        """Check the forward pass again if something that it depends on has changed since the last check.
+
+        Other threads wait for the end of the check before they encode.
+        """
+        with model_lock:
+            if self.checked != self._what_is_checked():
+                self.check_forward()
 
     def _what_is_checked(self) -> tuple[Any, ...]:
         """Return what the check depends on: attention, device, precision, TempScale, layers, pooling, size of the tokenizer."""
@@ -284,9 +285,17 @@ class Encoder(nn.Module):
             return None
         return self.packable.numbering
 
+    @overload
+    def encode(
+        self, texts: Texts, prompt_name: str | None = ..., *, convert_to_tensor: Literal[True], **others: Unpack[Options]
+    ) -> Tensor: ...
+    @overload
+    def encode(
+        self, texts: Texts, prompt_name: str | None = ..., *, convert_to_tensor: Literal[False] = ..., **others: Unpack[Options]
+    ) -> np.ndarray: ...
     def encode(
         self,
-        texts: str | Sequence[str] | DataLoader,
+        texts: Texts,
         prompt_name: str | None = None,
         batch_size: int = 512,
         convert_to_tensor: bool = False,
@@ -362,18 +371,32 @@ class Encoder(nn.Module):
                 kept_on = self.device if convert_to_tensor else torch.device("cpu")
                 vectors = encode_by_length(encoders, tokenize, embed, listed, batch_size, kept_on, bool(show_progress_bar))
             else:
-                none = torch.zeros(0, self.full_dimension, device=self.device)
+                none = torch.zeros(0, self.full_dimension, dtype=torch.float32, device=self.device)
                 vectors = quantize(self.finish(none, truncate_dim, normalize), precision)
         result = vectors if convert_to_tensor else vectors.cpu().numpy()
         return result[0] if isinstance(texts, str) else result
 
-    def encode_query(self, texts: str | Sequence[str], prompt_name: str | None = None, **options: Any) -> np.ndarray | Tensor:
+    @overload
+    def encode_query(
+        self, texts: Texts, prompt_name: str | None = ..., *, convert_to_tensor: Literal[True], **others: Unpack[Options]
+    ) -> Tensor: ...
+    @overload
+    def encode_query(
+        self, texts: Texts, prompt_name: str | None = ..., *, convert_to_tensor: Literal[False] = ..., **others: Unpack[Options]
+    ) -> np.ndarray: ...
+    def encode_query(self, texts: Texts, prompt_name: str | None = None, **options: Any) -> np.ndarray | Tensor:
         """Encode queries as `encode` does `texts`. `prompt_name` is "query" by default, if the model has such a prompt."""
         return self.encode(texts, prompt_name or "query", **options)
 
+    @overload
     def encode_document(
-        self, texts: str | Sequence[str], prompt_name: str | None = None, **options: Any
-    ) -> np.ndarray | Tensor:
+        self, texts: Texts, prompt_name: str | None = ..., *, convert_to_tensor: Literal[True], **others: Unpack[Options]
+    ) -> Tensor: ...
+    @overload
+    def encode_document(
+        self, texts: Texts, prompt_name: str | None = ..., *, convert_to_tensor: Literal[False] = ..., **others: Unpack[Options]
+    ) -> np.ndarray: ...
+    def encode_document(self, texts: Texts, prompt_name: str | None = None, **options: Any) -> np.ndarray | Tensor:
         """Encode documents as `encode` does `texts`. `prompt_name` is "document" by default, if the model has such a prompt."""
         return self.encode(texts, prompt_name or "document", **options)
 
@@ -429,7 +452,7 @@ class Encoder(nn.Module):
 
         return model_meta(self)
 
-    def save_pretrained(self, folder: str, verify: bool = True, allow_runtime: bool = False) -> None:
+    def save_pretrained(self, folder: str | Path, verify: bool = True, allow_runtime: bool = False) -> None:
         """Write an ordinary checkpoint to `folder`; see `hf_embed.checkpoint.save`.
 
         `verify` compares the vectors of other loaders. `allow_runtime` accepts a TempScale that cannot be folded.
@@ -441,12 +464,12 @@ class Encoder(nn.Module):
         from hf_embed.checkpoint.save import save_encoder
 
         with disk_errors(folder):
-            save_encoder(self, folder, verify=verify, allow_runtime=allow_runtime)
+            save_encoder(self, str(folder), verify=verify, allow_runtime=allow_runtime)
 
     @classmethod
     def from_pretrained(
         cls,
-        name_or_path: str,
+        name_or_path: str | Path,
         pooling: str | None = None,
         max_length: int | None = None,
         normalize: bool | None = None,
@@ -471,19 +494,4 @@ class Encoder(nn.Module):
         """
         from hf_embed.checkpoint.load import load_encoder
 
-        return load_encoder(cls, name_or_path, pooling, max_length, normalize, trust_remote_code, **model_kwargs)
-
-
-def embed_tokens(model: nn.Module, encoder: Encoder, tokens: Tokens, chunk_tokens: int | None = None) -> Tensor:
-    """Embed N texts through `model`: the encoder, or a module that contains it (the training step, FSDP). Return (N, D)."""
-    flat = torch.tensor(list(itertools.chain.from_iterable(tokens)), device=encoder.device)
-    return model(flat, [len(row) for row in tokens], chunk_tokens=chunk_tokens)["embeddings"]
-
-
-def default_chunk_tokens(device: torch.device, kept: bool = False) -> int:
-    """Return the largest number of padded tokens in a chunk if the user sets none.
-
-    `kept`: the activations of all chunks are kept for a backward pass.
-    """
-    sizes = CHUNK_TOKENS_KEPT if kept else DEFAULT_CHUNK_TOKENS
-    return sizes.get(device.type, sizes["default"])
+        return load_encoder(cls, str(name_or_path), pooling, max_length, normalize, trust_remote_code, **model_kwargs)

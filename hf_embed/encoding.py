@@ -8,16 +8,18 @@ Shapes: N texts, n texts in a batch, D numbers per vector.
 
 import contextlib
 import functools
+import itertools
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from queue import SimpleQueue
-from threading import Lock
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from threading import Lock, RLock
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -35,12 +37,14 @@ logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Texts: TypeAlias = str | Iterable[str] | DataLoader  # also arrays and columns of texts
 Tokens: TypeAlias = list[list[int]]  # the token ids of each text of a batch
 # What stands between words for every tokenizer. Python also splits words at control characters, which BERT's tokenizer removes.
 SPACES = re.compile(r"[ \t\r\n]+")
 # For each model inside `evaluating`: the threads that use it, and the modules that were in training mode.
 _evaluated: dict[nn.Module, tuple[int, set[nn.Module]]] = {}
-_lock = Lock()
+# Held while the modes of a model change, and during a whole check of its forward pass, which changes modes and data types.
+model_lock = RLock()
 # Arguments of sentence-transformers' encode, and what replaces them here.
 ELSEWHERE = {
     "normalize_embeddings": "normalize=True or False",
@@ -51,6 +55,22 @@ ELSEWHERE = {
     "task": "encode_query or encode_document",
     "processing_kwargs": "max_length of Encoder.from_pretrained",
 }
+
+
+class Options(TypedDict, total=False):
+    """Keyword arguments of `Encoder.encode`, which describes them."""
+
+    batch_size: int
+    show_progress_bar: bool | None
+    chunk_tokens: int | None
+    prompt_type: Any
+    prompt: str | None
+    truncate_dim: int | None
+    normalize: bool | None
+    device: str | torch.device | Sequence[str | torch.device] | None
+    precision: str
+    convert_to_numpy: bool
+    output_value: str
 
 
 def check_arguments(others: Mapping[str, Any], convert_to_tensor: bool) -> None:
@@ -114,7 +134,8 @@ def text_list(texts: Any) -> list[str]:
     """
     if isinstance(texts, Mapping | set | frozenset) or hasattr(texts, "columns"):  # would yield keys, or any order
         raise InputError(f"the texts are of the type {type(texts).__name__}; give a list of texts, or one column")
-    texts = texts.tolist() if hasattr(texts, "tolist") else texts  # arrays, and columns of pandas or datasets
+    for method in ("tolist", "to_pylist"):  # of arrays, and of columns of pandas and pyarrow
+        texts = getattr(texts, method)() if hasattr(texts, method) else texts
     if isinstance(texts, str):  # from an array without dimensions
         return [texts]
     if not isinstance(texts, list):
@@ -183,6 +204,12 @@ def tokenize_texts(encoder: "Encoder", texts: list[str], numbers: Sequence[int] 
         number = empty[0] if numbers is None else min(numbers[i] for i in empty)
         raise InputError(f"the tokenizer returns no tokens for text {number + 1}, so it has no embedding; remove empty texts")
     return rows
+
+
+def embed_tokens(model: nn.Module, encoder: "Encoder", tokens: Tokens, chunk_tokens: int | None = None) -> Tensor:
+    """Embed N texts through `model`: the encoder, or a module that contains it (the training step, FSDP). Return (N, D)."""
+    flat = torch.tensor(list(itertools.chain.from_iterable(tokens)), device=encoder.device)
+    return model(flat, [len(row) for row in tokens], chunk_tokens=chunk_tokens)["embeddings"]
 
 
 def encode_by_length(
@@ -259,7 +286,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     Afterwards, every submodule is in the mode it had before. For example, a layer that was frozen in evaluation mode stays so.
     If several threads are inside with the same model, the last one to leave restores the modes.
     """
-    with _lock:
+    with model_lock:
         users, training = _evaluated.get(model, (0, set()))
         switched = {module for module in model.modules() if module.training}
         _evaluated[model] = users + 1, training | switched
@@ -268,7 +295,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        with _lock:
+        with model_lock:
             users, training = _evaluated.pop(model)
             if users > 1:
                 _evaluated[model] = users - 1, training

@@ -23,7 +23,10 @@ Shapes: N texts of T tokens, D numbers per vector.
 """
 
 import contextlib
+import functools
 import inspect
+import os
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -74,6 +77,7 @@ def measure(encoder: "Encoder") -> tuple[int, int | None, Packable | None]:
         InputError: if the model cannot encode plain text; if its vectors depend on the other texts of a batch, on chance, or on
             outputs of its tokenizer other than the token ids; or if training would compute other vectors.
     """
+    use_one_thread_after_fork()
     if not is_measurable(encoder.backbone):
         return encoder.config.hidden_size, stated_positions(encoder.config), None
     check_vocabulary(encoder)
@@ -86,6 +90,16 @@ def measure(encoder: "Encoder") -> tuple[int, int | None, Packable | None]:
             if not changed:
                 raise
     return run_passes(encoder)  # as the weights are, because the code of a model may need their data type
+
+
+@functools.cache  # once in each process
+def use_one_thread_after_fork() -> None:
+    """Let processes that are forked from now on compute in one thread, as workers of a DataLoader do.
+
+    The threads with which PyTorch computes on a CPU are not copied into a forked process, which would wait for them forever.
+    """
+    if sys.platform != "win32":
+        os.register_at_fork(after_in_child=functools.partial(torch.set_num_threads, 1))
 
 
 def run_passes(encoder: "Encoder") -> tuple[int, int | None, Packable | None]:
@@ -128,7 +142,8 @@ def compute_passes(encoder: "Encoder") -> tuple[int, int | None, Packable | None
         encoder.train()  # Reformer in training mode raises an error for most lengths
         encoder(flat, lengths)
         encoder.eval()
-    with torch.enable_grad():
+    # Weights that were cast or moved under `torch.inference_mode` cannot have gradients.
+    with torch.set_grad_enabled(not any(parameter.is_inference() for parameter in encoder.parameters())):
         training = encoder(flat, lengths)["embeddings"].detach()
     check_passes(encoder, rows, reference, batch, training, attends)
     first = next(iter(encoder.dense), None)  # the first layer after the pooling, if there is one

@@ -21,10 +21,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from hf_embed.activations import AS_NEEDED, Activations, check_caching
 from hf_embed.arguments import READ_ONCE, ContrastiveTrainingArguments
 from hf_embed.checkpoint_trainer import CheckpointTrainer
+from hf_embed.chunking import default_chunk_tokens
 from hf_embed.disk import disk_errors
 from hf_embed.distributed import gather_objects
 from hf_embed.dropout import use_fast_dropout, use_plain_dropout
-from hf_embed.encoder import Encoder, default_chunk_tokens
+from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError, RankError
 from hf_embed.evaluation.tasks import Task, logged_by, main_metric
 from hf_embed.library_internals import (
@@ -73,7 +74,7 @@ class GuardedTrainer(CheckpointTrainer):
         self.source_losses: dict[int, list[Tensor]] = {}  # the losses of each source since the last log
         clear_accelerator_state()  # as making the arguments does, which other trainers may have followed
         super().__init__(*args, **kwargs)
-        self.made_with, self.made_of = self._read_once(), self._parts()
+        self.made_with, self.made_of, self.tokenized_with = self._read_once(), self._parts(), self._for_tokens()
         self.accelerate_state = accelerate_state()
         self.optimizer_of: dict[str, Any] | None = None  # what the optimizer was made for, if Trainer has made it
         self.check_skipping()
@@ -93,6 +94,10 @@ class GuardedTrainer(CheckpointTrainer):
         """Return the attributes that cannot be replaced, because others were made from them."""
         return {name: getattr(self, name) for name in ("train_dataset", "data_collator", "main_objective")}
 
+    def _for_tokens(self) -> dict[str, Any]:
+        """Return the settings of the encoder with which the rows are tokenized, once, when the trainer is made."""
+        return {"encoder.max_length": self.encoder.max_length, "encoder.prompts": dict(self.encoder.prompts)}
+
     def check_read(self) -> None:
         """Raise InputError if a setting was changed after the trainer was made, and the change would have no effect."""
         for name, now in self._read_once().items():
@@ -109,10 +114,11 @@ class GuardedTrainer(CheckpointTrainer):
             InputError: if a change would have no effect, or if the settings or the callbacks are wrong now.
         """
         changed = [name for name, part in self._parts().items() if part is not self.made_of[name]]
+        changed += [name for name, value in self._for_tokens().items() if value != self.tokenized_with[name]]
         if self.model_init is None and not self.sharded and self.model is not self.step:
             changed.append("model")
         if changed:
-            raise InputError(f"{changed[0]} was replaced after the trainer was made; make a new ContrastiveTrainer with it")
+            raise InputError(f"{changed[0]} was changed after the trainer was made; make a new ContrastiveTrainer with it")
         self._renew_optimizer()
         check_settings(self.args, own_tasks(self))
         check_batch(self.args)

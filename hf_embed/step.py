@@ -27,8 +27,8 @@ from hf_embed.adapters import check_adapters
 from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.checkpoint.save import needs_runtime
 from hf_embed.checkpoint.verify import verify_loadable
-from hf_embed.chunking import encode_in_chunks
-from hf_embed.encoder import Encoder, default_chunk_tokens
+from hf_embed.chunking import default_chunk_tokens, encode_in_chunks
+from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.library_internals import layers_to_wrap
 from hf_embed.mlm import check_mask_token, split_masked_lm

@@ -36,8 +36,7 @@ from hf_embed.data.mixture import Mixture
 from hf_embed.data.python_rows import RowData
 from hf_embed.data.training_rows import batch_sampler, make_loader
 from hf_embed.distributed import gather_rows, take_weights_of_main
-from hf_embed.encoder import embed_tokens
-from hf_embed.encoding import tokenize_texts
+from hf_embed.encoding import embed_tokens, tokenize_texts
 from hf_embed.errors import InputError, without_secrets
 from hf_embed.evaluation.held_out import with_model
 from hf_embed.evaluation.tasks import Task, score_tasks

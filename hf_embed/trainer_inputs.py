@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 CALLED_WITH = ("embeddings", "text_ids", "all_embeddings", "all_text_ids", "first_row")
 
 Model: TypeAlias = PreTrainedModel | Encoder | TrainingStep | str | Path
-TrainRows: TypeAlias = RowData | dict[str, RowData] | Source | list[Source]
+TrainRows: TypeAlias = RowData | Mapping[str, RowData] | Source | list[Source]
 EvalSet: TypeAlias = Task | RowData
 EvalSets: TypeAlias = EvalSet | Mapping[str, EvalSet]
 

@@ -311,8 +311,11 @@ def test_another_version_makes_its_own_tables(tmp_path, monkeypatch):
     assert len(made) == 100 and tables[0] == tables[1] != tables[2]
 
 
-def test_a_transform_is_applied_anew(tmp_path, monkeypatch):
-    """BUG: if the code of an imported transform had changed, the rows that the earlier code had made were used."""
+def test_a_transform_is_applied_anew(tmp_path, monkeypatch, caplog):
+    """BUG: if the code of an imported transform had changed, the rows that the earlier code had made were used.
+
+    And nothing said that a transform is not applied again in each epoch.
+    """
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
     (tmp_path / "prepared_rows.py").write_text(
         "def mark(batch):\n    return {'text': [f'{WORD} {t}' for t in batch['anchor']]}\n"
@@ -325,6 +328,7 @@ def test_a_transform_is_applied_anew(tmp_path, monkeypatch):
         made.append(unformatted(rows.with_transform(module.mark)))
         assert made[-1]["text"][:] == [f"{word} {text}" for text in STORED["anchor"]]
     assert cache.content_of(made[0]) == cache.content_of(made[1]) != cache.content_of(made[2])  # so cached tokens are found
+    assert caplog.text.count("gives the same texts in every epoch") == 3
 
 
 @pytest.mark.parametrize("change", ["rename_column", "select", "in memory"])

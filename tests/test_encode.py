@@ -4,13 +4,18 @@ Where sentence-transformers has the same option, the results are compared on the
 """
 
 import copy
+import inspect
+import os
+import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Literal, get_overloads, get_type_hints
 
 import numpy as np
 import pandas as pd
+import pyarrow
 import pytest
 import torch
 from conftest import error_of, small_tokenizer, tiny_encoder, tiny_model
@@ -23,6 +28,7 @@ from torch.nn import functional as F
 
 from hf_embed import Encoder, TempScaleConfig, apply_tempscale, encoding
 from hf_embed import encoder as encoder_module
+from hf_embed.encoding import Options
 from hf_embed.pooling import Dense
 from hf_embed.vectors import as_floats, quantize
 
@@ -139,8 +145,8 @@ def test_values_that_mean_nothing_are_refused(options, message):
 @pytest.mark.parametrize(
     "texts",
     [tuple(TEXTS), np.array(TEXTS), pd.Series(TEXTS, index=[9, 4, 2, 1, 0]), Dataset.from_dict({"text": TEXTS})["text"],
-     (text for text in TEXTS)],
-    ids=["tuple", "array", "pandas", "datasets", "generator"],
+     (text for text in TEXTS), pyarrow.chunked_array([TEXTS[:2], TEXTS[2:]])],
+    ids=["tuple", "array", "pandas", "datasets", "generator", "pyarrow"],
 )  # fmt: skip
 def test_texts_come_in_many_kinds(texts):
     encoder = tiny_encoder()
@@ -157,6 +163,16 @@ def test_what_is_no_list_of_texts_is_refused(texts):
     message = error_of(tiny_encoder().encode, texts)
     wanted = ("give a list of texts, or one column", "is not a string but", "give a text or a list of texts")
     assert any(part in message for part in wanted), message
+
+
+def test_vectors_are_float32_whatever_the_default_is():
+    """BUG: without texts, they had PyTorch's default type."""
+    encoder = tiny_encoder()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert encoder.encode([]).dtype == encoder.encode(TEXTS).dtype == np.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_an_array_of_one_text_is_one_text():
@@ -425,6 +441,61 @@ def test_threads_that_share_an_encoder_in_training_mode_use_no_dropout():
         np.testing.assert_allclose(found[thread.name], expected, rtol=1e-5, atol=1e-6)
         assert encoder.training == encoder.backbone.training == (thread.name == "second")
     assert not encoder.dense.training
+
+
+def test_threads_wait_for_the_check_of_a_changed_model(monkeypatch):
+    """BUG: each thread made the check, which changes data types and turns dropout on, while others made it or encoded."""
+    encoder = Encoder(tiny_model(hidden_dropout_prob=0.5), small_tokenizer()).bfloat16().eval()
+    expected, measure, checks = copy.deepcopy(encoder).encode(TEXTS), encoder_module.measure, []
+
+    def slow(model):
+        checks.append(model.train())
+        time.sleep(0.1)
+        return measure(model.eval())
+
+    monkeypatch.setattr(encoder_module, "measure", slow)
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda _: encoder.encode(TEXTS), range(8)))
+    for vectors in found:
+        np.testing.assert_array_equal(vectors, expected)
+    assert len(checks) == 1 and not encoder.training
+
+
+def test_types_tell_arrays_from_tensors():
+    """Type checkers know what a call returns, and which options it has."""
+    accepted = {*inspect.signature(Encoder.encode).parameters, "convert_to_numpy", "output_value"}
+    assert accepted - Options.__annotations__.keys() == {"self", "texts", "prompt_name", "convert_to_tensor", "others"}
+    assert accepted >= Options.__annotations__.keys()
+    for method in (Encoder.encode, Encoder.encode_query, Encoder.encode_document):
+        hints = [get_type_hints(overload) for overload in get_overloads(method)]
+        assert [(hint["convert_to_tensor"], hint["return"]) for hint in hints] == [
+            (Literal[True], torch.Tensor),
+            (Literal[False], np.ndarray),
+        ]
+
+
+def test_a_forked_process_encodes():
+    """BUG: it waited forever for threads that are not copied (gunicorn --preload, datasets.map with num_proc)."""
+    encoder, threads = tiny_encoder(), torch.get_num_threads()
+    expected = encoder.encode(TEXTS)
+    try:
+        torch.set_num_threads(2)
+        torch.ones(10**6).sum()  # starts the threads
+        if (child := os.fork()) == 0:
+            right = False
+            try:
+                right = np.allclose(encoder.encode(TEXTS), expected, atol=1e-6)
+            finally:
+                os._exit(0 if right else 1)
+    finally:
+        torch.set_num_threads(threads)
+    end, found = time.monotonic() + 20, (0, 0)
+    while found == (0, 0) and time.monotonic() < end:
+        time.sleep(0.01)
+        found = os.waitpid(child, os.WNOHANG)
+    if found == (0, 0):
+        os.kill(child, signal.SIGKILL)
+    assert found == (child, 0)
 
 
 def test_threads_that_share_an_encoder_scale_each_text_by_its_own_length():

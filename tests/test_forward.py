@@ -212,6 +212,16 @@ def test_an_encoder_is_made_saved_and_loaded_in_every_context(tmp_path, context)
     assert_allclose(encoder.encode(["a cat"]), Encoder(model, tokenizer).encode(["a cat"]))
 
 
+def test_weights_that_are_cast_in_inference_mode_encode():
+    """BUG: such weights cannot have gradients, so the model was refused: "cannot encode a text from its token ids"."""
+    encoder = Encoder(tiny_model(), small_tokenizer())
+    expected = encoder.encode(["a cat", "a dog sleeps"])
+    with torch.inference_mode():
+        found = encoder.double().encode(["a cat", "a dog sleeps"])  # as .to("cuda") does
+    assert_allclose(found, expected, atol=1e-6)
+    assert encoder.packable is not None
+
+
 def test_weights_that_are_not_there_yet_are_left_alone():
     """While an FSDP rank waits for its weights, they are on the meta device."""
     encoder = Encoder(tiny_model("bert").to("meta"), small_tokenizer())

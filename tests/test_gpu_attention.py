@@ -11,7 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, Trainer
 from transformers.masking_utils import sdpa_mask
 
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, SimCSE, packed_attention
-from hf_embed.encoder import default_chunk_tokens
+from hf_embed.chunking import default_chunk_tokens
 from hf_embed.errors import InputError
 from hf_embed.library_internals import attention_backend
 from hf_embed.packed_attention import FLASH_TOKENS, PADDED, CannotPack, attend_by_text, attend_on_gpu, gpu_kernel

@@ -200,7 +200,15 @@ def test_parts_that_are_replaced_later_are_refused(tmp_path, name):
     """BUG: another model or objective was not trained, and other rows ended in a KeyError."""
     made = trainer(tmp_path)
     setattr(made, name, {"train_dataset": PAIRS, "model": new_model(), "main_objective": SimCSE(0.5)}.get(name, list))
-    assert f"{name} was replaced after the trainer was made" in error_of(made.train)
+    assert f"{name} was changed after the trainer was made" in error_of(made.train)
+
+
+@pytest.mark.parametrize("name, value", [("max_length", 4), ("prompts", {"query": "ask: "})])
+def test_settings_of_tokenized_rows_that_are_changed_later_are_refused(tmp_path, name, value):
+    """BUG: the rows kept their tokens, and the saved folder stated the new setting."""
+    made = trainer(tmp_path)
+    setattr(made.encoder, name, value)
+    assert f"encoder.{name} was changed after the trainer was made" in error_of(made.train)
 
 
 def test_a_second_training_takes_the_present_settings_and_weights(tmp_path):

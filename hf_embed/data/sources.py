@@ -183,12 +183,16 @@ def read_hub(name: str, config: str | None = None, split: str = "train", streami
 def unformatted(rows: Dataset | IterableDataset) -> Dataset | IterableDataset:
     """Return the rows as plain Python values.
 
-    Only the columns that the format shows are kept. The function of `with_transform` is applied.
+    Only the columns that the format shows are kept. The function of `with_transform` is applied once, and a warning says so.
     """
     if isinstance(rows, IterableDataset):
         return rows.with_format(None)
     chosen, shows_all = rows.format["columns"], rows.format["output_all_columns"]
     if rows.format["type"] == "custom":
+        logger.warning(
+            "the function of with_transform is applied to the rows once, before the training; one that draws random numbers "
+            "gives the same texts in every epoch"
+        )
         replaced = chosen if shows_all else rows.column_names
         return cached_map(rows, dict, anew=True, batched=True, remove_columns=replaced).with_format(None)
     return rows.with_format(None).select_columns(rows.column_names if shows_all else chosen)

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -108,8 +108,7 @@ def document_vectors(
     """
     if path is None:
         documents = list(filled(texts, name))
-        vectors = encoder.encode_document(documents, show_progress_bar=bars_shown())
-        return cast(np.ndarray, vectors), {}, encoder.similarity_fn_name
+        return encoder.encode_document(documents, show_progress_bar=bars_shown()), {}, encoder.similarity_fn_name
     vectors, options = read_vectors(path, encoder, texts)
     if encoder.prompt(options.pop("prompt_name", None)) != encoder.prompt("document"):
         raise InputError(

@@ -39,8 +39,8 @@ class Matryoshka(Objective):
     paper: ClassVar[str] = "Kusupati et al.: Matryoshka Representation Learning, https://arxiv.org/abs/2205.13147"
 
     objective: Callable[..., Tensor]
-    dims: tuple[int, ...]
-    weights: tuple[float, ...] | None = None
+    dims: Sequence[int]
+    weights: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
         if not all(isinstance(given, Sequence | None) and not isinstance(given, str) for given in (self.dims, self.weights)):

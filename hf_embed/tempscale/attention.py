@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from threading import get_ident
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +30,10 @@ from hf_embed.tempscale.registry import Attentions, attentions, is_cross
 
 logger = logging.getLogger(__name__)
 
+Model = TypeVar("Model", bound=nn.Module)
 
-def apply_tempscale(model: nn.Module, config: TempScaleConfig | float = 0.9) -> nn.Module:
+
+def apply_tempscale(model: Model, config: TempScaleConfig | float = 0.9) -> Model:
     """Make `model` attend at the given temperature until `remove_tempscale` or `fold_tempscale`. Return the model.
 
     Afterwards the model can be trained, compiled or wrapped in DDP. It keeps its attention backend. PEFT adapters that are
@@ -75,7 +77,7 @@ def apply_tempscale(model: nn.Module, config: TempScaleConfig | float = 0.9) -> 
     return model
 
 
-def remove_tempscale(model: nn.Module) -> nn.Module:
+def remove_tempscale(model: Model) -> Model:
     """Undo `apply_tempscale`, so that the model is bit for bit what it was before. Return the model.
 
     Raises:

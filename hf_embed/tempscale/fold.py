@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from hf_embed.errors import InputError
 from hf_embed.tempscale.attention import (
     Applied,
+    Model,
     Output,
     applied_tempscale,
     applied_to,
@@ -35,7 +36,7 @@ from hf_embed.tempscale.config import TempScaleConfig
 from hf_embed.tempscale.registry import Attentions, attentions
 
 
-def fold_tempscale(model: nn.Module, config: TempScaleConfig | float | None = None) -> nn.Module:
+def fold_tempscale(model: Model, config: TempScaleConfig | float | None = None) -> Model:
     """Fold the temperature that is applied to `model`, or that of `config`, into the weights. Return the model.
 
     `model.config.temp_scale` records the settings, marked as folded, so they are never applied again. If folding fails, the
@@ -59,7 +60,7 @@ def fold_tempscale(model: nn.Module, config: TempScaleConfig | float | None = No
     return model
 
 
-def unfold_tempscale(model: nn.Module) -> nn.Module:
+def unfold_tempscale(model: Model) -> Model:
     """Undo `fold_tempscale`: restore the weights up to one more rounding. Return the model.
 
     Raises:
