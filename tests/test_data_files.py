@@ -552,6 +552,17 @@ def test_encodings(kind, tmp_path):
     assert f"line {int(line) + 1} contains a NUL byte" in error_of(reading)
 
 
+def test_a_table_in_a_txt_file_is_warned_of(tmp_path, caplog):
+    """BUG: the numbers of the lines, as the Leipzig corpora have them, were trained on as a part of the sentences."""
+    rows = read_file(written(tmp_path / "a.txt", "1\tone\n2\ttwo\n\n3\tthree\n"))
+    assert rows["text"][:2] == ["1\tone", "2\ttwo"]
+    assert "a.txt: each line has 1 tab(s), which are read as part of its text" in caplog.text
+    assert "if they separate columns, give the file the ending .tsv" in caplog.text
+    caplog.clear()
+    read_file(written(tmp_path / "b.txt", "one\ttab\nnone\n"))
+    assert not caplog.messages
+
+
 def test_text_lines_end_in_any_way(tmp_path):
     path = written(tmp_path / "a.txt", b"one\r\ntwo\rthree\n\nfour\x0c\xe2\x80\xa8five")
     assert [row["text"] for row in both_ways(path)] == ["one", "two", "three", "", "four\x0c\u2028five"]

@@ -400,8 +400,12 @@ def survey(paths: list[str], table: Table) -> Features:
     if kind in SEPARATORS:
         features = survey_tables(paths, table)
     elif kind == "txt":
-        for _ in chain.from_iterable(map(lines, paths)):
-            pass
+        tabs = {line.count("\t") for _, line in chain.from_iterable(map(lines, paths)) if not line.isspace()}
+        if len(tabs) == 1 and tabs != {0}:
+            logger.warning(
+                f"{masked(paths[0])}: each line has {tabs.pop()} tab(s), which are read as part of its text; if they separate "
+                "columns, give the file the ending .tsv"
+            )
         features = Features({"text": Value("string")})
     else:
         features = features_of(row for path in paths for _, row in json_rows(path))
