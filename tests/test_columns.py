@@ -48,6 +48,18 @@ LAYOUTS = [
     (["query", "pos", "neg", "pos_scores", "neg_scores", "prompt", "type", "id"], None, ["query", "pos", "neg"]),
     (["question", "positive", "hard_neg"], None, ["question", "positive", "hard_neg"]),
     (["anchor", "pos"], None, ["anchor", "pos"]),
+    (
+        ["query_id", "query", "positive_passages", "negative_passages"],
+        None,
+        ["query", "positive_passages", "negative_passages"],
+    ),
+    (
+        ["dataset", "question", "answers", "positive_ctxs", "negative_ctxs", "hard_negative_ctxs"],
+        True,
+        ["question", "positive_ctxs", "negative_ctxs", "hard_negative_ctxs"],
+    ),
+    (["repo", "path", "func_name", "code", "docstring", "code_tokens", "docstring_tokens"], True, ["docstring", "code"]),
+    (["func_code_string", "func_documentation_string", "func_name"], None, ["func_documentation_string", "func_code_string"]),
     (["query", "positive", "answer"], None, ["query", "positive"]),  # the layout that names its positives
     (["sent0", "sent1", "question", "answer"], None, ["sent0", "sent1"]),
     (["text", "title", "body"], False, ["text"]),
@@ -101,6 +113,15 @@ UNKNOWN = [
     (["frage", "antwort", "negative_1", "negative_2"], None,
      ["anchor=frage", "positive=antwort", "negative=negative_1", "negative=negative_2"]),
     (["premise", "hypothesis"], True, ["anchor=premise", "positive=hypothesis"]),  # without a label, their relation is unknown
+    # BUG: the negatives were missing, so copying the flag left them out without a word.
+    (["user_query", "positive_document", "hard_negative_document"], None,
+     ["anchor=user_query", "positive=positive_document", "negative=hard_negative_document"]),
+    (["prompt", "chosen", "rejected"], None, ["anchor=prompt", "positive=chosen", "negative=rejected"]),
+    # BUG: the flag paired a name of a dataset, or the first two columns, whatever they were.
+    (["dataset", "question", "reply"], None, ["anchor=question", "positive=reply"]),
+    (["instruction", "input", "output"], None, ["anchor=instruction", "positive=output"]),
+    (["pos_doc", "title"], True, ["anchor=title", "positive=pos_doc"]),
+    (["positive_a", "positive_b"], True, ["anchor=positive_a", "positive=positive_b"]),
     (["body", "id"], False, ["text=body"]),
 ]  # fmt: skip
 
@@ -110,6 +131,8 @@ def test_a_file_without_a_header(tmp_path):
     message = error_of(text_columns, read_file(path).column_names, path, True)
     header = "if the first row is data, add a header above it; otherwise name the columns with --columns "
     assert f"{path}: found the columns 1, How do I open a door?, How is a door opened?; {header}" in message
+    path = written(tmp_path / "b.tsv", "10\twhat is it\n11\twho is it\n")  # the queries of MS MARCO
+    assert f"found the columns 10, what is it; {header}" in error_of(text_columns, read_file(path).column_names, path, True)
     assert header.split(";")[0] not in error_of(text_columns, ["my long question", "answer of it"], "a.csv", True)
 
 

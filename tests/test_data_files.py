@@ -29,11 +29,13 @@ from hf_embed.data.source_files import read_sources
 from hf_embed.data.sources import is_list, read_file, read_hub, read_texts, row_texts, text_columns
 from hf_embed.data.tokenization import RowTokenizer
 from hf_embed.encoding import beginning
+from hf_embed.evaluation.reranking import read_reranking
 from hf_embed.evaluation.retrieval import read_retrieval
 from hf_embed.evaluation.sts import read_sts
 from hf_embed.evaluation.zero_shot import read_zero_shot
 from hf_embed.kit import cli
 from hf_embed.kit.plan import DataArguments, read_train_rows
+from hf_embed.kit.row_hashes import batches
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +89,7 @@ def test_another_separator_is_named_by_every_reader(name, separator, mend, tmp_p
 
     path = table(("anchor", "positive"), ("a cat", "a kitten"), ("a dog", "a puppy"))
     yaml_file = listed(tmp_path, {"name": "s", "file": name})
-    streamed = listed(tmp_path / "more", {"name": "s", "file": f"../{name}", "streaming": True, "rows": 2})
+    streamed = listed(tmp_path / "more", {"name": "s", "file": f"../{name}", "streaming": True, "rows": 2, "negatives": 2})
     for read in (read_file, read_texts, read_pairs_of, lambda path: read_file(path, streaming=True)):
         message = error_of(read, path)
         assert (
@@ -255,6 +257,60 @@ def test_lists_of_jsonl_and_parquet_are_several_negatives(tmp_path, tokenizer):
         assert [len(ids) for ids in tokens["text_ids"]] == [2, 3, 4]  # an item of a list is a text, whatever it looks like
 
 
+def passage(title, text):
+    return {"docid": text, "title": title, "text": text}
+
+
+PASSAGES = {
+    "Tevatron": ("query", "positive_passages", "negative_passages"),
+    "DPR": ("question", "positive_ctxs", "hard_negative_ctxs"),
+    "named": ("query", "positives", "neg"),
+}
+
+
+@pytest.mark.parametrize("kind", PASSAGES)
+@pytest.mark.parametrize("ending", ["jsonl", "parquet", "list", "stream"])
+def test_passages_are_read_with_their_titles(kind, ending, tmp_path, tokenizer):
+    query, positives, negatives = PASSAGES[kind]
+    rows = [
+        {
+            query: "who",
+            positives: [passage("T", "one"), passage("", "two")],
+            negatives: [passage("U", "x"), passage(None, "y")],
+        },
+        {query: "why", positives: [passage("T", "three")], negatives: []},
+    ]
+    texts = [["who", "T one", "U x", "y"], ["who", "two", "U x", "y"], ["why", "T three"]]
+    expected = tokenize_rows(
+        [dict(zip(("anchor", "positive", "negative"), [*row[:2], row[2:]])) for row in texts], tokenizer, 16
+    )
+    path = jsonl(tmp_path / "a.jsonl", rows)
+    if ending == "parquet":
+        Dataset.from_list(rows).to_parquet(path := str(tmp_path / "a.parquet"))
+    if ending == "stream":
+        (source,) = read_sources(
+            listed(tmp_path, {"name": "s", "file": "a.jsonl", "streaming": True, "rows": 2, "negatives": 2})
+        )
+        found = streamed(source, tokenizer).__getitems__([0, 1, 2])
+        assert sorted(row["input_ids"] for row in found) == sorted(expected["input_ids"][:])
+        return
+    found = tokenize_rows(rows if ending == "list" else read_file(path), tokenizer, 16)
+    assert found["input_ids"][:] == expected["input_ids"][:]
+    if ending != "list":
+        assert read_pairs(read_file(path), path) == [tuple(row[:2]) for row in texts]
+        assert read_reranking(path).judged == [("who", ["T one", "two"], ["U x", "y"])]
+        (batch,) = batches(read_file(path), [query, positives, negatives], path)
+        assert batch.positives.to_pylist() == [row[1] for row in texts] and batch.negatives.to_pylist() == ["U x", "y"] * 2
+
+
+def test_an_object_without_a_text_is_no_passage(tokenizer):
+    rows = [
+        {"query": "q", "positive": {"title": "T", "contents": "x"}},
+        {"query": "r", "positive": {"title": "T", "contents": "y"}},
+    ]
+    assert "row 1, column 'positive': the text is not a string ({'title': 'T'" in error_of(tokenize_rows, rows, tokenizer, 16)
+
+
 # ---- labels beside pairs ----
 
 
@@ -273,7 +329,7 @@ def test_a_judgement_beside_a_pair_is_refused(column, tmp_path):
     assert message.startswith(f"{path}: the column '{column}' judges the pairs") and f"--ignore_columns {column} " in message
     assert f"'{column}' judges the pairs" in error_of(read_pairs_of, path)
     mapped = {"name": "s", "file": "a.jsonl", "columns": {"query": "anchor", "positive": "positive"}}
-    for more in ({}, {"streaming": True, "rows": 2}):
+    for more in ({}, {"streaming": True, "rows": 2, "negatives": 2}):
         assert f"'{column}' judges the pairs" in error_of(read_sources, listed(tmp_path, mapped | more))
         (source,) = read_sources(listed(tmp_path, mapped | more | {"ignore_columns": column}))
         assert list(source.rows)[1] == {"anchor": "a", "positive": "b1"}

@@ -208,8 +208,10 @@ BAD_SETS = {
     # BUG: pandas writes row numbers into the first column; they were the scores, and the scores were sentences.
     "row numbers": ([["0", "1.5", "a", "b"], ["1", "2", "c", "d"]], "column 2 holds only numbers too; remove a column"),
     # BUG: the row numbers of SICK-R without its header were the scores, and its scores were left out.
-    "row numbers and scores": ([["1", "a", "b", "4.5", "NEUTRAL"], ["2", "c", "d", "3.2", "ENTAILMENT"]],
-                               "column 4 holds only numbers too; remove a column of row numbers, or add a header"),
+    "row numbers and scores": (
+        [["1", "a", "b", "4.5", "NEUTRAL"], ["2", "c", "d", "3.2", "ENTAILMENT"]],
+        "column 4 holds only numbers too; remove a column of row numbers, or add a header",
+    ),
     "one row": ([HEADER, ["1", "a", "b"]], "there are 1 row(s), but a rank correlation needs at least 2"),
     # BUG: If the header had only two of the three names, columns were used by position and the header counted as a row.
     "a column misnamed": (

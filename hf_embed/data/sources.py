@@ -4,21 +4,24 @@ Accepted columns (case, spaces, hyphens and underscores do not matter):
 
     text | sentence                             one text per row; in unsupervised training it is its own positive
     anchor | query | question, positive         as in sentence-transformers and retrieval; also `positives` or `pos`; each cell
-                                                is a text or a list of texts, as in FlagEmbedding's jsonl
+                                                is a text or a list of texts, as in FlagEmbedding's jsonl; also
+                                                `positive_passages` (Tevatron) and `positive_ctxs` (DPR)
     sent0, sent1                                as in SimCSE's own NLI files
     anchor | premise, entailment                with `contradiction` as the negative
     question | query, answer | passage | document | context
     title, body | abstract                      also title, text if the caller asks for pairs
-    summary, article; comment, code
+    summary, article; comment | docstring, code
     sentence1, sentence2                        also question, text, title or caption with 1 and 2, and sentence_A, sentence_B
     premise, hypothesis, label                  also the pairs of the line above with a column of labels;
                                                 `hf_embed.data.labeled` converts them to positives and negatives
 
-All pairs may have negatives: `negative`, `negative_1`, `negative_2` ..., or `negatives`, `neg`, `hard_neg`. A cell of negatives
-is a text, a list of texts, or null (a row may have fewer negatives than other rows). The layouts in the lines with `positive`,
-`sent0` and `entailment` name their positives, and the first of them that matches is used. Of the other layouts, only one may
-match (`hf_embed.data.columns`). A list of positives becomes one row for each positive, and the other positives of the list are
-never negatives of that row. `--columns anchor=frage positive=antwort` names columns with other names.
+All pairs may have negatives: `negative`, `negative_1`, `negative_2` ..., or `negatives`, `neg`, `hard_neg`; in Tevatron and DPR
+`negative_passages`, `negative_ctxs`, `hard_negative_ctxs`. A cell of negatives is a text, a list of texts, or null (a row may
+have fewer negatives than other rows). A positive or negative may also be a passage, {"title": ..., "text": ...}: it is read as
+its title, a space and its text. The layouts in the lines with `positive`, `sent0` and `entailment` name their positives, and
+the first of them that matches is used. Of the other layouts, only one may match (`hf_embed.data.columns`). A list of positives
+becomes one row for each positive, and the other positives of the list are never negatives of that row. `--columns anchor=frage
+positive=antwort` names columns with other names.
 
 Other columns are not used. But an unused column that judges the pairs (its name says label or score, for example) is refused,
 because then some pairs may not be positives. If only its values look like judgments, a warning names it.
@@ -29,6 +32,7 @@ import logging
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet
 from datasets import Dataset, DatasetDict, IterableDataset
@@ -241,6 +245,16 @@ def cell_text(cell: object, where: str) -> str:
     return cell
 
 
+def passage_text(cell: Any) -> Any:
+    """Return the text of a passage {"title", "text"}, with its title first, as BEIR, Tevatron and DPR have them.
+
+    Any other cell is returned unchanged.
+    """
+    if not isinstance(cell, dict) or not isinstance(cell.get("text"), str):
+        return cell
+    return f"{cell.get('title') or ''} {cell['text']}".strip()
+
+
 def cell_texts(cell: object, where: str) -> list[str]:
     """Return the texts of a cell that holds one text, a list of texts, or null (no texts). Raise errors as `cell_text` does."""
     if isinstance(cell, str) and is_list(cell):
@@ -249,7 +263,7 @@ def cell_texts(cell: object, where: str) -> list[str]:
             "text into its own column, negative_1, negative_2 ..."
         )
     cells = [] if cell is None else cell if isinstance(cell, list | tuple) else [cell]
-    return [cell_text(text, where) for text in cells]
+    return [cell_text(passage_text(text), where) for text in cells]
 
 
 def row_texts(row: dict, columns: list[str], where: str) -> list[str]:
@@ -262,7 +276,8 @@ def row_texts(row: dict, columns: list[str], where: str) -> list[str]:
     texts = []
     for i, column in enumerate(columns):
         cell, place = row.get(column), f"{where}, column '{column}'"  # a row of a stream may lack a column
-        texts += cell_texts(cell, place) if i >= 2 else [cell_text(cell, place)]  # only negatives may be several
+        # Only negatives may be several.
+        texts += cell_texts(cell, place) if i >= 2 else [cell_text(passage_text(cell) if i else cell, place)]
     return texts
 
 
