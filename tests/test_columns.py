@@ -85,6 +85,9 @@ AMBIGUOUS = [
     # BUG: the positive and the hard negative of triplets as sentence-transformers names them were trained on as pairs.
     (["sentence_0", "sentence_1", "sentence_2"], None, "sentence_0 and sentence_1 or sentence_1 and sentence_2",
      "anchor=sentence_0 positive=sentence_1"),
+    # BUG: these were read as single texts.
+    (["query", "text"], None, "query and text or text", "anchor=query positive=text"),
+    (["question", "title", "sentence"], None, "question and sentence or sentence", "anchor=question positive=sentence"),
     (["sentence1", "sentence2", "question1", "question2"], None, "sentence1 and sentence2 or question1 and question2",
      "anchor=sentence1 positive=sentence2"),
 ]  # fmt: skip
@@ -120,6 +123,9 @@ UNKNOWN = [
     # BUG: the flag paired a name of a dataset, or the first two columns, whatever they were.
     (["dataset", "question", "reply"], None, ["anchor=question", "positive=reply"]),
     (["instruction", "input", "output"], None, ["anchor=instruction", "positive=output"]),
+    # BUG: titles and texts were trained on as pairs, and the queries were left out.
+    (["query", "title", "text"], True, ["anchor=query", "positive=text"]),
+    (["title", "body", "question"], None, ["anchor=question", "positive=body"]),
     (["pos_doc", "title"], True, ["anchor=title", "positive=pos_doc"]),
     (["positive_a", "positive_b"], True, ["anchor=positive_a", "positive=positive_b"]),
     (["body", "id"], False, ["text=body"]),

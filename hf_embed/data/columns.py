@@ -80,8 +80,8 @@ NO_TEXT = {"id", "ids", "idx", "index", "url", "urls", "link", "lang", "language
            "uid", "key", "hash", "number", "nr"}  # fmt: skip
 # Words in the names of columns that are not known, from which the advice in a message guesses their roles.
 ASKING = {"query", "question", "anchor", "instruction", "prompt"}
-ANSWERING = {"pos", "positive", "positives", "answer", "answers", "passage", "document", "doc", "output", "response", "reply",
-             "chosen"}  # fmt: skip
+ANSWERING = {"pos", "positive", "positives", "answer", "answers", "passage", "document", "doc", "text", "body", "output",
+             "response", "reply", "chosen"}  # fmt: skip
 NEGATING = {"neg", "negative", "negatives", "rejected"}
 NAMED_OTHERWISE = "(or columns: in a sources file, or rename_columns of a Dataset)"
 # A column name with more words than this may be a text, because the file has no header.
@@ -172,6 +172,9 @@ def pair_of(names: list[str], name: str, single: str | None = None) -> list[str]
     if named := matches(LAYOUTS):
         return named[0]
     described = matches(DESCRIBED if single else DESCRIBED + WITH_TEXT)
+    asked = [found[column] for column in ANCHORS if column in found]
+    if asked and not any(pair[0] in asked for pair in described):  # the query would be left out
+        described = [[asked[0], single]] if single is not None else []
     if single is not None:
         described += [[single, found[positive]] for positive in POSITIVES if positive in found]
     meant = [*described, [single]] if described and single is not None else described

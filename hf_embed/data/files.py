@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 SEPARATORS = {"csv": ",", "tsv": "\t"}
 SEPARATOR_NAMES = {",": "a comma", "\t": "a tab", ";": "';'", "|": "'|'"}
-NEGATIVE = re.compile(r"(hard[\s_-]*)?neg(ative)?s?[\s_-]*(\d*|passages|ctxs)", re.IGNORECASE)
+NEGATIVE = re.compile(r"(hard[\s_-]*)?neg(ative)?s?[\s_-]*(\d*|(passage|ctx|document|doc|text)s?)", re.IGNORECASE)
 BATCH_ROWS, BATCH_CHARACTERS = 2000, 10_000_000
 # A cell that is enclosed in quotes, with quotes inside that are written twice: "He said ""hi"".".
 QUOTED = re.compile(r'"(?=.*"")(?:[^"]|"")+"')
