@@ -693,6 +693,8 @@ READ_BEIR = {
     "blank lines": {"corpus": CORPUS + "\n  \n", "qrels": "\nquery-id\tcorpus-id\tscore\nq1\td1\t1\n\nq2\td2\t1\n\n"},
     "windows": {"corpus": CORPUS.replace("\n", "\r\n"), "qrels": "query-id\tcorpus-id\tscore\r\nq1\td1\t1\r\nq2\td2\t1\r\n"},
     "other order": {"qrels": "corpus-id\tscore\tquery-id\nd1\t1\tq1\nd2\t1\tq2\n"},
+    "underscores": {"qrels": "corpus_id\tscore\tQuery_ID\nd1\t1\tq1\nd2\t1\tq2\n"},  # BUG: read by position
+    "trec": {"qrels": "q1\t0\td1\t1\nq2\t0\td2\t1\nq2\t0\td1\t0\n"},
     "other names": {"qrels": "query\tdoc\trel\nq1\td1\t1\nq2\td2\t1\n"},
     "the same twice": {"corpus": CORPUS + '{"_id": "d1", "text": "one"}\n', "qrels": "q1\td1\t1\nq1\td1\t1\nq2\td2\t1\n"},
 }  # fmt: skip
@@ -703,6 +705,14 @@ def test_beir_is_read(case, tmp_path):
     found = read_retrieval(beir(tmp_path, **READ_BEIR[case]))
     assert found.corpus == {"d1": "one", "d2": "two é"} and found.queries == {"q1": "first", "q2": "second"}
     assert found.qrels == {"q1": {"d1": 1}, "q2": {"d2": 1}}
+
+
+def test_packed_beir_is_read(tmp_path):
+    expected = read_retrieval(beir(tmp_path))
+    for path in (tmp_path / "corpus.jsonl", tmp_path / "queries.jsonl"):
+        written(path.with_name(f"{path.name}.gz"), gzip.compress(path.read_bytes()))
+        path.unlink()
+    assert read_retrieval(str(tmp_path)) == expected
 
 
 BAD_BEIR = {
@@ -722,7 +732,8 @@ BAD_BEIR = {
         "the same _id '1'",
     ),
     "no id": ({"corpus": CORPUS + '{"_id": null, "text": "x"}\n'}, "corpus.jsonl, line 3", "_id and text"),
-    "trec": ({"qrels": "q1\t0\td1\t1\nq2\t0\td2\t1\n"}, "test.tsv, line 1", "separated by tabs"),
+    "four cells": ({"qrels": "q1\td1\t1\t5\nq2\td2\t1\t5\n"}, "test.tsv, line 1", "separated by tabs"),
+    "three cells of trec": ({"qrels": "q1\t0\td1\t1\nq2\td2\t1\n"}, "test.tsv, line 2", "separated by tabs"),
     "blanks": ({"qrels": "q1 d1 1\nq2 d2 1\n"}, "test.tsv, line 1", "separated by tabs"),
     "half a grade": ({"qrels": "q1\td1\t1\nq2\td2\t0.5\n"}, "test.tsv, line 2", "a whole number"),
     "two grades": ({"qrels": "q1\td1\t1\nq2\td2\t1\nq1\td1\t2\n"}, "test.tsv, line 3", "judged twice, with different grades"),
