@@ -934,9 +934,23 @@ def test_logging_is_quiet_for_clean_files(tmp_path, caplog):
     assert not caplog.messages and isinstance(read_file(str(tmp_path / "a.csv")), Dataset)
 
 
+def test_several_splits_in_one_file_are_warned_of(tmp_path, caplog):
+    """BUG: the files stsbenchmark.tsv.gz and AllNLI.tsv.gz of sentence-transformers hold all splits, which were read as one."""
+    lines = [f"{split}\t{i}\ta {i}\tb" for i, split in enumerate(["train", "dev", "test", "dev"])]
+    path = written(tmp_path / "a.tsv", "\n".join(["split\tscore\tsentence1\tsentence2", *lines]))
+    assert len(read_sts(path)) == 4
+    assert caplog.messages == [
+        f"{path}: the column 'split' names the splits dev, test, train, and the rows of all of them are used; keep those of "
+        "one in the file"
+    ]
+    caplog.clear()
+    read_sts(written(tmp_path / "b.tsv", "\n".join(["split\tscore\tsentence1\tsentence2", lines[1], lines[3]])))
+    assert not caplog.messages
+
+
 def test_a_folder_is_no_file(tmp_path):
     (tmp_path / "a.csv").mkdir()
     assert error_of(read_file, str(tmp_path / "a.csv")).endswith(
-        "a.csv: this is a folder; name a file in it (folders and patterns are not supported)"
+        "a.csv: this is a folder; name a file in it (several files, or a pattern, can only be given in --sources)"
     )
     assert "b.csv: this file does not exist; check the path" in error_of(read_file, str(tmp_path / "b.csv"))

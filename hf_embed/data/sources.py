@@ -35,13 +35,13 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet
-from datasets import Dataset, DatasetDict, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset, Value
 
 from hf_embed.data import files
 from hf_embed.data.cache import cached_map, checked_load
-from hf_embed.data.columns import column_names, text_columns
+from hf_embed.data.columns import FEW_VALUES, column_names, plain, text_columns
 from hf_embed.disk import DiskError
-from hf_embed.errors import EmptyTextError, InputError
+from hf_embed.errors import EmptyTextError, InputError, masked
 from hf_embed.hub_access import check_dataset
 from hf_embed.read_files import check_file, first_line, kind_of
 
@@ -77,7 +77,21 @@ def read_file(
         rows = read_parquet(paths, streaming)
     if (len(rows) == 0) if isinstance(rows, Dataset) else is_empty(rows, paths[0]):
         raise InputError(f"{paths[0]}: there are no rows")
+    if isinstance(rows, Dataset):
+        warn_of_splits(rows, paths[0])
     return rows
+
+
+def warn_of_splits(rows: Dataset, path: str) -> None:
+    """Log a warning if a column says that the rows belong to several splits, such as train and test. All of them are read."""
+    for column in rows.column_names:
+        if plain(column) == "split" and rows.features[column] == Value("string"):
+            splits = sorted(filter(None, rows.unique(column)))
+            if 1 < len(splits) <= FEW_VALUES:
+                logger.warning(
+                    f"{masked(path)}: the column '{column}' names the splits {', '.join(splits)}, and the rows of all of them "
+                    "are used; keep those of one in the file"
+                )
 
 
 def is_empty(rows: IterableDataset, path: str) -> bool:
@@ -149,7 +163,7 @@ def check_files(paths: list[str]) -> str:
             try:
                 check_file(path)
             except InputError as error:
-                raise InputError(f"{error} (folders and patterns are not supported)") from error
+                raise InputError(f"{error} (several files, or a pattern, can only be given in --sources)") from error
             if Path(path).stat().st_size == 0:
                 raise InputError(f"{path}: the file is empty")
         kind = kind_of(path)
