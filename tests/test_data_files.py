@@ -32,6 +32,7 @@ from hf_embed.encoding import beginning
 from hf_embed.evaluation.reranking import read_reranking
 from hf_embed.evaluation.retrieval import read_retrieval
 from hf_embed.evaluation.sts import read_sts
+from hf_embed.evaluation.triplets import Triplets, read_triplets
 from hf_embed.evaluation.zero_shot import read_zero_shot
 from hf_embed.kit import cli
 from hf_embed.kit.plan import DataArguments, read_train_rows
@@ -410,6 +411,23 @@ def test_a_column_of_negatives_that_begins_late_in_a_stream_is_refused(late, tmp
     assert "column negatives begins after the first rows; give it in each row, maybe as null, or set negatives: 0" in message
     (source,) = read_sources(listed(tmp_path, entry | {"negatives": 0}))
     assert {len(row["text_ids"]) for row in streamed(source, tokenizer).__getitems__(list(range(3502)))} == {2}
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv"])
+def test_an_empty_cell_of_a_table_is_no_negative(ending, tmp_path, tokenizer):
+    """BUG: pandas writes a missing negative as an empty cell, for which the row was refused, or dropped with its positive."""
+    table = pandas.DataFrame(
+        {"query": ["a", "b"], "positive": ["c", "d"], "negative_1": ["e", None], "negative_2": [None, "f"]}
+    )
+    table.to_csv(path := str(tmp_path / f"a.{ending}"), index=False, sep="," if ending == "csv" else "\t")
+    expected = tokenize_rows(table, tokenizer, 16)["input_ids"][:]
+    assert tokenize_rows(read_file(path), tokenizer, 16)["input_ids"][:] == expected
+    assert expected[1] == tokenizer(["b", "d", "f"])["input_ids"]
+    assert read_triplets(path) == Triplets(["a", "b"], ["c", "d"], ["e", "f"])
+    text = (tmp_path / f"a.{ending}").read_text()
+    for old, new in (("b", ""), ("d", ""), ("f", " ")):  # an empty query or positive is an error, and so is a blank
+        message = error_of(tokenize_rows, read_file(written(tmp_path / f"b.{ending}", text.replace(old, new))), tokenizer, 16)
+        assert "row 2, column" in message and "the text is empty" in message
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])

@@ -380,8 +380,10 @@ def rows_of(path: str, table: Table) -> Iterator[dict]:
     kind = kind_of(path)
     if kind in SEPARATORS:
         names = table_columns(path, table)
+        absent = {name for name in names if NEGATIVE.fullmatch(name)}  # an empty cell says that there is no negative
         for _, _, cells in body_rows(path, table):
-            yield dict(zip(names, chain(cells, [None] * (len(names) - len(cells)))))
+            row = zip(names, chain(cells, [None] * (len(names) - len(cells))))
+            yield {name: None if cell == "" and name in absent else cell for name, cell in row}
     elif kind == "txt":
         for _, line in lines(path):
             for text in line.removesuffix("\n").removesuffix("\r").split("\r"):
