@@ -554,7 +554,7 @@ def test_missing_values_of_pandas_are_no_negatives(tmp_path, tokenizer):
         ("a.jsonl", '{"text": "a"}\n7\n', "line 2: expected a JSON object"),
         ("a.jsonl", '{"text": "a"}\n["b"]\n', "line 2: expected a JSON object"),
         ("a.jsonl", '\n["a", "b"]\n["c", "d"]\n', "line 2 is a list; expected a JSON object in each line, such as"),
-        ("a.json", '[{"text": "a"}, 7]', "row 2: expected a JSON object"),
+        ("a.json", '[{"text": "a"}, ["b", "c"]]', 'row 2: expected a JSON object, such as {"anchor": '),
         ("a.json", '{\n  "text": "a"\n}', "expected a list of JSON objects, or one object per line"),
         ("a.jsonl", '{"text": "a"}\n' + "[" * 100_000 + "\n", "line 2: "),
     ],

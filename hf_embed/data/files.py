@@ -263,6 +263,8 @@ def survey_tables(paths: list[str], table: Table) -> Features:
 
 # ---- json ----
 
+OBJECT = 'such as {"anchor": "a question", "positive": "its answer"}'
+
 
 def json_rows(path: str) -> Iterator[tuple[int, dict]]:
     """Read the objects of a file with their line numbers (in a single list: their positions). Blank lines are skipped."""
@@ -271,14 +273,13 @@ def json_rows(path: str) -> Iterator[tuple[int, dict]]:
     if head.lstrip().startswith("[") or (kind_of(path) == "json" and not is_json(head)):
         rest = "".join(line for _, line in numbered)
         if rest.strip() and is_json(head):  # each line is a list, and a list does not say what its texts are
-            mend = 'such as {"anchor": "a question", "positive": "its answer"}'
-            raise unreadable(path, f"line {start} is a list; expected a JSON object in each line, {mend}")
+            raise unreadable(path, f"line {start} is a list; expected a JSON object in each line, {OBJECT}")
         items = parsed(head + rest, path, start)
         if not isinstance(items, list):
             raise unreadable(path, "expected a list of JSON objects, or one object per line")
         for number, item in enumerate(items, 1):
             if not isinstance(item, dict | str):
-                raise unreadable(path, f"row {number}: expected a JSON object")
+                raise unreadable(path, f"row {number}: expected a JSON object, {OBJECT}")
             yield number, {"text": item} if isinstance(item, str) else item
         return
     for number, line in chain([(start, head)], numbered):

@@ -38,7 +38,10 @@ POSITIVES = [re.compile(name, re.IGNORECASE) for name in (r"pos(itive)?s?(_\d+|_
 NEGATIVES = [NEGATIVE, re.compile("documents", re.IGNORECASE)]
 DOCUMENTS = [re.compile(name, re.IGNORECASE) for name in ("documents?", "passages?", "answers?")]
 LABELS = [re.compile("labels?", re.IGNORECASE)]
-ACCEPTED = "query, positive, negative; anchor, positive, negative; sent0, sent1, hard_neg; question, answer, negative"
+ACCEPTED = (
+    "query, positive, negative; anchor, positive, negative; sent0, sent1, hard_neg; question, answer, negative; for reranking "
+    "also query, document, label"
+)
 
 
 class Judged(NamedTuple):
