@@ -142,6 +142,28 @@ def test_a_file_without_a_header(tmp_path):
     assert header.split(";")[0] not in error_of(text_columns, ["my long question", "answer of it"], "a.csv", True)
 
 
+def test_a_first_text_that_may_be_no_header_is_warned_of(tmp_path, caplog):
+    """BUG: the first text of a file without a header was left out, and all vectors were one row off."""
+    path = written(tmp_path / "a.csv", "what is it\nwho is it\n")
+    assert read_column(path)[1][:] == ["who is it"]
+    assert caplog.messages == [
+        f"{path}: 'what is it' is read as the name of the only column; if it is a text, add a header above it"
+    ]
+
+
+def test_ids_in_place_of_texts_are_warned_of(tmp_path, tokenizer, caplog):
+    """BUG: the triplets of ids that MS MARCO publishes were trained on as texts."""
+    path = written(tmp_path / "a.tsv", "query\tpositive\tnegative\n" + "".join(f"{i}\t7{i}\t9{i}\n" for i in range(30)))
+    tokenize_rows(read_file(path), tokenizer, 16, path)
+    numbers = "every text looked at is a number, such as"
+    assert [
+        f"{path}, column '{column}': {numbers} {first}" in caplog.text for column, first in (("query", 0), ("positive", 70))
+    ] == [True, True]
+    caplog.clear()
+    tokenize_rows(read_file(written(tmp_path / "b.tsv", "query\tpositive\n1\t2\ntwo\tthree\n")), tokenizer, 16)
+    assert not caplog.messages
+
+
 def test_the_flag_of_recipes_that_read_one_column(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", [{"query": "a", "pos": "b"}])
     assert (

@@ -136,6 +136,8 @@ def text_columns(names: list[str], name: str, paired: bool | None = None, scores
                 f"{name}: there is only one column, '{shortened(single)}'; if this is a text, add a header above it, for "
                 "example text; otherwise rename the column"
             )
+        if len(single.split()) > 1:
+            logger.warning(f"{name}: '{single}' is read as the name of the only column; if it is a text, add a header above it")
     pair = None if paired is False else pair_of(names, name, None if paired else single)
     if pair is not None:
         columns = pair + negative_columns(names)

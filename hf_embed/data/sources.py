@@ -344,10 +344,10 @@ def texts_of(rows: Dataset, columns: list[str], name: str) -> Iterator[list[str]
         yield from (texts for texts, _ in rows_of_texts(row, columns, f"{name}, row {number}"))
 
 
-def refuse_lists(rows: Iterable[dict], columns: list[str], name: str) -> None:
+def check_first_texts(rows: Iterable[dict], columns: list[str], name: str) -> None:
     """Raise InputError if all anchors, or all positives, in some first rows are lists that were written as texts.
 
-    A single such text is accepted, because it may be a real text.
+    A single such text is accepted, because it may be a real text. If all of them are whole numbers, a warning is logged.
     """
     rows = list(rows)
     for column in columns[:2]:
@@ -355,6 +355,11 @@ def refuse_lists(rows: Iterable[dict], columns: list[str], name: str) -> None:
         if len(cells) > 1 and all(map(is_list, cells)):
             raise InputError(
                 f"{name}, column '{column}': every text looks like a list, {files.shortened(cells[0])}; write one text per row"
+            )
+        if len(cells) > 1 and all(cell.strip().isdecimal() for cell in cells):
+            logger.warning(
+                f"{name}, column '{column}': every text looked at is a number, such as {cells[0]}; if these are ids of texts, put "
+                "the texts in their place"
             )
 
 
