@@ -26,7 +26,7 @@ from hf_embed.data.labeled import as_pairs
 from hf_embed.data.python_rows import as_rows
 from hf_embed.data.sampling import generator
 from hf_embed.data.scores import has_scores
-from hf_embed.data.sources import kept_rows, check_first_texts
+from hf_embed.data.sources import check_first_texts, kept_rows
 from hf_embed.data.tokenization import (
     RowTokenizer,
     most_texts,

@@ -358,8 +358,8 @@ def check_first_texts(rows: Iterable[dict], columns: list[str], name: str) -> No
             )
         if len(cells) > 1 and all(cell.strip().isdecimal() for cell in cells):
             logger.warning(
-                f"{name}, column '{column}': every text looked at is a number, such as {cells[0]}; if these are ids of texts, put "
-                "the texts in their place"
+                f"{name}, column '{column}': every text looked at is a number, such as {cells[0]}; if these are ids of texts, "
+                "put the texts in their place"
             )
 
 
