@@ -48,6 +48,7 @@ LAYOUTS = [
     (["query", "pos", "neg", "pos_scores", "neg_scores", "prompt", "type", "id"], None, ["query", "pos", "neg"]),
     (["question", "positive", "hard_neg"], None, ["question", "positive", "hard_neg"]),
     (["anchor", "pos"], None, ["anchor", "pos"]),
+    (["query", "document", "negative_document"], None, ["query", "document", "negative_document"]),  # BUG: no negatives
     (
         ["query_id", "query", "positive_passages", "negative_passages"],
         None,
