@@ -48,6 +48,19 @@ LAYOUTS = [
     (["query", "pos", "neg", "pos_scores", "neg_scores", "prompt", "type", "id"], None, ["query", "pos", "neg"]),
     (["question", "positive", "hard_neg"], None, ["question", "positive", "hard_neg"]),
     (["anchor", "pos"], None, ["anchor", "pos"]),
+    (["query", "document", "negative_document"], None, ["query", "document", "negative_document"]),  # BUG: no negatives
+    (
+        ["query_id", "query", "positive_passages", "negative_passages"],
+        None,
+        ["query", "positive_passages", "negative_passages"],
+    ),
+    (
+        ["dataset", "question", "answers", "positive_ctxs", "negative_ctxs", "hard_negative_ctxs"],
+        True,
+        ["question", "positive_ctxs", "negative_ctxs", "hard_negative_ctxs"],
+    ),
+    (["repo", "path", "func_name", "code", "docstring", "code_tokens", "docstring_tokens"], True, ["docstring", "code"]),
+    (["func_code_string", "func_documentation_string", "func_name"], None, ["func_documentation_string", "func_code_string"]),
     (["query", "positive", "answer"], None, ["query", "positive"]),  # the layout that names its positives
     (["sent0", "sent1", "question", "answer"], None, ["sent0", "sent1"]),
     (["text", "title", "body"], False, ["text"]),
@@ -73,6 +86,9 @@ AMBIGUOUS = [
     # BUG: the positive and the hard negative of triplets as sentence-transformers names them were trained on as pairs.
     (["sentence_0", "sentence_1", "sentence_2"], None, "sentence_0 and sentence_1 or sentence_1 and sentence_2",
      "anchor=sentence_0 positive=sentence_1"),
+    # BUG: these were read as single texts.
+    (["query", "text"], None, "query and text or text", "anchor=query positive=text"),
+    (["question", "title", "sentence"], None, "question and sentence or sentence", "anchor=question positive=sentence"),
     (["sentence1", "sentence2", "question1", "question2"], None, "sentence1 and sentence2 or question1 and question2",
      "anchor=sentence1 positive=sentence2"),
 ]  # fmt: skip
@@ -101,6 +117,18 @@ UNKNOWN = [
     (["frage", "antwort", "negative_1", "negative_2"], None,
      ["anchor=frage", "positive=antwort", "negative=negative_1", "negative=negative_2"]),
     (["premise", "hypothesis"], True, ["anchor=premise", "positive=hypothesis"]),  # without a label, their relation is unknown
+    # BUG: the negatives were missing, so copying the flag left them out without a word.
+    (["user_query", "positive_document", "hard_negative_document"], None,
+     ["anchor=user_query", "positive=positive_document", "negative=hard_negative_document"]),
+    (["prompt", "chosen", "rejected"], None, ["anchor=prompt", "positive=chosen", "negative=rejected"]),
+    # BUG: the flag paired a name of a dataset, or the first two columns, whatever they were.
+    (["dataset", "question", "reply"], None, ["anchor=question", "positive=reply"]),
+    (["instruction", "input", "output"], None, ["anchor=instruction", "positive=output"]),
+    # BUG: titles and texts were trained on as pairs, and the queries were left out.
+    (["query", "title", "text"], True, ["anchor=query", "positive=text"]),
+    (["title", "body", "question"], None, ["anchor=question", "positive=body"]),
+    (["pos_doc", "title"], True, ["anchor=title", "positive=pos_doc"]),
+    (["positive_a", "positive_b"], True, ["anchor=positive_a", "positive=positive_b"]),
     (["body", "id"], False, ["text=body"]),
 ]  # fmt: skip
 
@@ -110,7 +138,31 @@ def test_a_file_without_a_header(tmp_path):
     message = error_of(text_columns, read_file(path).column_names, path, True)
     header = "if the first row is data, add a header above it; otherwise name the columns with --columns "
     assert f"{path}: found the columns 1, How do I open a door?, How is a door opened?; {header}" in message
+    path = written(tmp_path / "b.tsv", "10\twhat is it\n11\twho is it\n")  # the queries of MS MARCO
+    assert f"found the columns 10, what is it; {header}" in error_of(text_columns, read_file(path).column_names, path, True)
     assert header.split(";")[0] not in error_of(text_columns, ["my long question", "answer of it"], "a.csv", True)
+
+
+def test_a_first_text_that_may_be_no_header_is_warned_of(tmp_path, caplog):
+    """BUG: the first text of a file without a header was left out, and all vectors were one row off."""
+    path = written(tmp_path / "a.csv", "what is it\nwho is it\n")
+    assert read_column(path)[1][:] == ["who is it"]
+    assert caplog.messages == [
+        f"{path}: 'what is it' is read as the name of the only column; if it is a text, add a header above it"
+    ]
+
+
+def test_ids_in_place_of_texts_are_warned_of(tmp_path, tokenizer, caplog):
+    """BUG: the triplets of ids that MS MARCO publishes were trained on as texts."""
+    path = written(tmp_path / "a.tsv", "query\tpositive\tnegative\n" + "".join(f"{i}\t7{i}\t9{i}\n" for i in range(30)))
+    tokenize_rows(read_file(path), tokenizer, 16, path)
+    numbers = "every text looked at is a number, such as"
+    assert [
+        f"{path}, column '{column}': {numbers} {first}" in caplog.text for column, first in (("query", 0), ("positive", 70))
+    ] == [True, True]
+    caplog.clear()
+    tokenize_rows(read_file(written(tmp_path / "b.tsv", "query\tpositive\n1\t2\ntwo\tthree\n")), tokenizer, 16)
+    assert not caplog.messages
 
 
 def test_the_flag_of_recipes_that_read_one_column(tmp_path):

@@ -29,11 +29,14 @@ from hf_embed.data.source_files import read_sources
 from hf_embed.data.sources import is_list, read_file, read_hub, read_texts, row_texts, text_columns
 from hf_embed.data.tokenization import RowTokenizer
 from hf_embed.encoding import beginning
+from hf_embed.evaluation.reranking import read_reranking
 from hf_embed.evaluation.retrieval import read_retrieval
 from hf_embed.evaluation.sts import read_sts
+from hf_embed.evaluation.triplets import Triplets, read_triplets
 from hf_embed.evaluation.zero_shot import read_zero_shot
 from hf_embed.kit import cli
 from hf_embed.kit.plan import DataArguments, read_train_rows
+from hf_embed.kit.row_hashes import batches
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +90,7 @@ def test_another_separator_is_named_by_every_reader(name, separator, mend, tmp_p
 
     path = table(("anchor", "positive"), ("a cat", "a kitten"), ("a dog", "a puppy"))
     yaml_file = listed(tmp_path, {"name": "s", "file": name})
-    streamed = listed(tmp_path / "more", {"name": "s", "file": f"../{name}", "streaming": True, "rows": 2})
+    streamed = listed(tmp_path / "more", {"name": "s", "file": f"../{name}", "streaming": True, "rows": 2, "negatives": 2})
     for read in (read_file, read_texts, read_pairs_of, lambda path: read_file(path, streaming=True)):
         message = error_of(read, path)
         assert (
@@ -255,6 +258,60 @@ def test_lists_of_jsonl_and_parquet_are_several_negatives(tmp_path, tokenizer):
         assert [len(ids) for ids in tokens["text_ids"]] == [2, 3, 4]  # an item of a list is a text, whatever it looks like
 
 
+def passage(title, text):
+    return {"docid": text, "title": title, "text": text}
+
+
+PASSAGES = {
+    "Tevatron": ("query", "positive_passages", "negative_passages"),
+    "DPR": ("question", "positive_ctxs", "hard_negative_ctxs"),
+    "named": ("query", "positives", "neg"),
+}
+
+
+@pytest.mark.parametrize("kind", PASSAGES)
+@pytest.mark.parametrize("ending", ["jsonl", "parquet", "list", "stream"])
+def test_passages_are_read_with_their_titles(kind, ending, tmp_path, tokenizer):
+    query, positives, negatives = PASSAGES[kind]
+    rows = [
+        {
+            query: "who",
+            positives: [passage("T", "one"), passage("", "two")],
+            negatives: [passage("U", "x"), passage(None, "y")],
+        },
+        {query: "why", positives: [passage("T", "three")], negatives: []},
+    ]
+    texts = [["who", "T one", "U x", "y"], ["who", "two", "U x", "y"], ["why", "T three"]]
+    expected = tokenize_rows(
+        [dict(zip(("anchor", "positive", "negative"), [*row[:2], row[2:]])) for row in texts], tokenizer, 16
+    )
+    path = jsonl(tmp_path / "a.jsonl", rows)
+    if ending == "parquet":
+        Dataset.from_list(rows).to_parquet(path := str(tmp_path / "a.parquet"))
+    if ending == "stream":
+        (source,) = read_sources(
+            listed(tmp_path, {"name": "s", "file": "a.jsonl", "streaming": True, "rows": 2, "negatives": 2})
+        )
+        found = streamed(source, tokenizer).__getitems__([0, 1, 2])
+        assert sorted(row["input_ids"] for row in found) == sorted(expected["input_ids"][:])
+        return
+    found = tokenize_rows(rows if ending == "list" else read_file(path), tokenizer, 16)
+    assert found["input_ids"][:] == expected["input_ids"][:]
+    if ending != "list":
+        assert read_pairs(read_file(path), path) == [tuple(row[:2]) for row in texts]
+        assert read_reranking(path).judged == [("who", ["T one", "two"], ["U x", "y"])]
+        (batch,) = batches(read_file(path), [query, positives, negatives], path)
+        assert batch.positives.to_pylist() == [row[1] for row in texts] and batch.negatives.to_pylist() == ["U x", "y"] * 2
+
+
+def test_an_object_without_a_text_is_no_passage(tokenizer):
+    rows = [
+        {"query": "q", "positive": {"title": "T", "contents": "x"}},
+        {"query": "r", "positive": {"title": "T", "contents": "y"}},
+    ]
+    assert "row 1, column 'positive': the text is not a string ({'title': 'T'" in error_of(tokenize_rows, rows, tokenizer, 16)
+
+
 # ---- labels beside pairs ----
 
 
@@ -273,7 +330,7 @@ def test_a_judgement_beside_a_pair_is_refused(column, tmp_path):
     assert message.startswith(f"{path}: the column '{column}' judges the pairs") and f"--ignore_columns {column} " in message
     assert f"'{column}' judges the pairs" in error_of(read_pairs_of, path)
     mapped = {"name": "s", "file": "a.jsonl", "columns": {"query": "anchor", "positive": "positive"}}
-    for more in ({}, {"streaming": True, "rows": 2}):
+    for more in ({}, {"streaming": True, "rows": 2, "negatives": 2}):
         assert f"'{column}' judges the pairs" in error_of(read_sources, listed(tmp_path, mapped | more))
         (source,) = read_sources(listed(tmp_path, mapped | more | {"ignore_columns": column}))
         assert list(source.rows)[1] == {"anchor": "a", "positive": "b1"}
@@ -354,6 +411,23 @@ def test_a_column_of_negatives_that_begins_late_in_a_stream_is_refused(late, tmp
     assert "column negatives begins after the first rows; give it in each row, maybe as null, or set negatives: 0" in message
     (source,) = read_sources(listed(tmp_path, entry | {"negatives": 0}))
     assert {len(row["text_ids"]) for row in streamed(source, tokenizer).__getitems__(list(range(3502)))} == {2}
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv"])
+def test_an_empty_cell_of_a_table_is_no_negative(ending, tmp_path, tokenizer):
+    """BUG: pandas writes a missing negative as an empty cell, for which the row was refused, or dropped with its positive."""
+    table = pandas.DataFrame(
+        {"query": ["a", "b"], "positive": ["c", "d"], "negative_1": ["e", None], "negative_2": [None, "f"]}
+    )
+    table.to_csv(path := str(tmp_path / f"a.{ending}"), index=False, sep="," if ending == "csv" else "\t")
+    expected = tokenize_rows(table, tokenizer, 16)["input_ids"][:]
+    assert tokenize_rows(read_file(path), tokenizer, 16)["input_ids"][:] == expected
+    assert expected[1] == tokenizer(["b", "d", "f"])["input_ids"]
+    assert read_triplets(path) == Triplets(["a", "b"], ["c", "d"], ["e", "f"])
+    text = (tmp_path / f"a.{ending}").read_text()
+    for old, new in (("b", ""), ("d", ""), ("f", " ")):  # an empty query or positive is an error, and so is a blank
+        message = error_of(tokenize_rows, read_file(written(tmp_path / f"b.{ending}", text.replace(old, new))), tokenizer, 16)
+        assert "row 2, column" in message and "the text is empty" in message
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
@@ -480,7 +554,7 @@ def test_missing_values_of_pandas_are_no_negatives(tmp_path, tokenizer):
         ("a.jsonl", '{"text": "a"}\n7\n', "line 2: expected a JSON object"),
         ("a.jsonl", '{"text": "a"}\n["b"]\n', "line 2: expected a JSON object"),
         ("a.jsonl", '\n["a", "b"]\n["c", "d"]\n', "line 2 is a list; expected a JSON object in each line, such as"),
-        ("a.json", '[{"text": "a"}, 7]', "row 2: expected a JSON object"),
+        ("a.json", '[{"text": "a"}, ["b", "c"]]', 'row 2: expected a JSON object, such as {"anchor": '),
         ("a.json", '{\n  "text": "a"\n}', "expected a list of JSON objects, or one object per line"),
         ("a.jsonl", '{"text": "a"}\n' + "[" * 100_000 + "\n", "line 2: "),
     ],
@@ -550,6 +624,17 @@ def test_encodings(kind, tmp_path):
         assert error_of(reading).startswith(f"{path}: cannot be read as {kind}: ") and "UTF-16" in error_of(reading)
     path, reading = read(text.replace("two", "t\0wo").encode(), "nul")
     assert f"line {int(line) + 1} contains a NUL byte" in error_of(reading)
+
+
+def test_a_table_in_a_txt_file_is_warned_of(tmp_path, caplog):
+    """BUG: the numbers of the lines, as the Leipzig corpora have them, were trained on as a part of the sentences."""
+    rows = read_file(written(tmp_path / "a.txt", "1\tone\n2\ttwo\n\n3\tthree\n"))
+    assert rows["text"][:2] == ["1\tone", "2\ttwo"]
+    assert "a.txt: each line has 1 tab(s), which are read as part of its text" in caplog.text
+    assert "if they separate columns, give the file the ending .tsv" in caplog.text
+    caplog.clear()
+    read_file(written(tmp_path / "b.txt", "one\ttab\nnone\n"))
+    assert not caplog.messages
 
 
 def test_text_lines_end_in_any_way(tmp_path):
@@ -626,6 +711,8 @@ READ_BEIR = {
     "blank lines": {"corpus": CORPUS + "\n  \n", "qrels": "\nquery-id\tcorpus-id\tscore\nq1\td1\t1\n\nq2\td2\t1\n\n"},
     "windows": {"corpus": CORPUS.replace("\n", "\r\n"), "qrels": "query-id\tcorpus-id\tscore\r\nq1\td1\t1\r\nq2\td2\t1\r\n"},
     "other order": {"qrels": "corpus-id\tscore\tquery-id\nd1\t1\tq1\nd2\t1\tq2\n"},
+    "underscores": {"qrels": "corpus_id\tscore\tQuery_ID\nd1\t1\tq1\nd2\t1\tq2\n"},  # BUG: read by position
+    "trec": {"qrels": "q1\t0\td1\t1\nq2\t0\td2\t1\nq2\t0\td1\t0\n"},
     "other names": {"qrels": "query\tdoc\trel\nq1\td1\t1\nq2\td2\t1\n"},
     "the same twice": {"corpus": CORPUS + '{"_id": "d1", "text": "one"}\n', "qrels": "q1\td1\t1\nq1\td1\t1\nq2\td2\t1\n"},
 }  # fmt: skip
@@ -636,6 +723,14 @@ def test_beir_is_read(case, tmp_path):
     found = read_retrieval(beir(tmp_path, **READ_BEIR[case]))
     assert found.corpus == {"d1": "one", "d2": "two é"} and found.queries == {"q1": "first", "q2": "second"}
     assert found.qrels == {"q1": {"d1": 1}, "q2": {"d2": 1}}
+
+
+def test_packed_beir_is_read(tmp_path):
+    expected = read_retrieval(beir(tmp_path))
+    for path in (tmp_path / "corpus.jsonl", tmp_path / "queries.jsonl"):
+        written(path.with_name(f"{path.name}.gz"), gzip.compress(path.read_bytes()))
+        path.unlink()
+    assert read_retrieval(str(tmp_path)) == expected
 
 
 BAD_BEIR = {
@@ -655,7 +750,8 @@ BAD_BEIR = {
         "the same _id '1'",
     ),
     "no id": ({"corpus": CORPUS + '{"_id": null, "text": "x"}\n'}, "corpus.jsonl, line 3", "_id and text"),
-    "trec": ({"qrels": "q1\t0\td1\t1\nq2\t0\td2\t1\n"}, "test.tsv, line 1", "separated by tabs"),
+    "four cells": ({"qrels": "q1\td1\t1\t5\nq2\td2\t1\t5\n"}, "test.tsv, line 1", "separated by tabs"),
+    "three cells of trec": ({"qrels": "q1\t0\td1\t1\nq2\td2\t1\n"}, "test.tsv, line 2", "separated by tabs"),
     "blanks": ({"qrels": "q1 d1 1\nq2 d2 1\n"}, "test.tsv, line 1", "separated by tabs"),
     "half a grade": ({"qrels": "q1\td1\t1\nq2\td2\t0.5\n"}, "test.tsv, line 2", "a whole number"),
     "two grades": ({"qrels": "q1\td1\t1\nq2\td2\t1\nq1\td1\t2\n"}, "test.tsv, line 3", "judged twice, with different grades"),
@@ -858,9 +954,23 @@ def test_logging_is_quiet_for_clean_files(tmp_path, caplog):
     assert not caplog.messages and isinstance(read_file(str(tmp_path / "a.csv")), Dataset)
 
 
+def test_several_splits_in_one_file_are_warned_of(tmp_path, caplog):
+    """BUG: the files stsbenchmark.tsv.gz and AllNLI.tsv.gz of sentence-transformers hold all splits, which were read as one."""
+    lines = [f"{split}\t{i}\ta {i}\tb" for i, split in enumerate(["train", "dev", "test", "dev"])]
+    path = written(tmp_path / "a.tsv", "\n".join(["split\tscore\tsentence1\tsentence2", *lines]))
+    assert len(read_sts(path)) == 4
+    assert caplog.messages == [
+        f"{path}: the column 'split' names the splits dev, test, train, and the rows of all of them are used; keep those of "
+        "one in the file"
+    ]
+    caplog.clear()
+    read_sts(written(tmp_path / "b.tsv", "\n".join(["split\tscore\tsentence1\tsentence2", lines[1], lines[3]])))
+    assert not caplog.messages
+
+
 def test_a_folder_is_no_file(tmp_path):
     (tmp_path / "a.csv").mkdir()
     assert error_of(read_file, str(tmp_path / "a.csv")).endswith(
-        "a.csv: this is a folder; name a file in it (folders and patterns are not supported)"
+        "a.csv: this is a folder; name a file in it (several files, or a pattern, can only be given in --sources)"
     )
     assert "b.csv: this file does not exist; check the path" in error_of(read_file, str(tmp_path / "b.csv"))

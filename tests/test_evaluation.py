@@ -206,7 +206,12 @@ BAD_SETS = {
     "too few columns": ([["1", "a"], ["2", "b"]], "found 2 column(s); an STS file has score, sentence1, sentence2"),
     "another order": ([["a", "b", "1"], ["c", "d", "2"]], "should hold the scores, but it begins with 'a'; add a header"),
     # BUG: pandas writes row numbers into the first column; they were the scores, and the scores were sentences.
-    "row numbers": ([["0", "1.5", "a", "b"], ["1", "2", "c", "d"]], "the second one holds only numbers; remove a column"),
+    "row numbers": ([["0", "1.5", "a", "b"], ["1", "2", "c", "d"]], "column 2 holds only numbers too; remove a column"),
+    # BUG: the row numbers of SICK-R without its header were the scores, and its scores were left out.
+    "row numbers and scores": (
+        [["1", "a", "b", "4.5", "NEUTRAL"], ["2", "c", "d", "3.2", "ENTAILMENT"]],
+        "column 4 holds only numbers too; remove a column of row numbers, or add a header",
+    ),
     "one row": ([HEADER, ["1", "a", "b"]], "there are 1 row(s), but a rank correlation needs at least 2"),
     # BUG: If the header had only two of the three names, columns were used by position and the header counted as a row.
     "a column misnamed": (

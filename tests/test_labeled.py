@@ -11,10 +11,12 @@ from test_mixture import arguments
 
 from hf_embed import SimCSE, Source
 from hf_embed.data.cache import content_of
+from hf_embed.data.columns import take_columns
 from hf_embed.data.labeled import as_pairs, read_pairs
 from hf_embed.data.mixture import tokenize_source
 from hf_embed.data.source_files import read_sources
 from hf_embed.data.sources import read_file
+from hf_embed.data.tokenization import RowTokenizer, tokenize_table
 
 WORDS = ["entailment", "neutral", "contradiction"]
 # (premise, hypothesis, label); p0 has two different positives and two negatives, p1 has no negative, p2 has no positive
@@ -197,6 +199,22 @@ def test_labels_of_which_nothing_can_be_made(rows, expected):
     assert expected in message and "if every pair is a positive, give --ignore_columns label --columns anchor=" in message
     left = rows.remove_columns("label")
     assert as_pairs(left, "a.csv") is left
+
+
+@pytest.mark.parametrize("labels", [[1, 2, 0], ["0", "2", "-1"], [2.0, 1.0, 2.0]])
+def test_the_numbers_of_inference_labels_are_no_scores(labels, tokenizer):
+    """BUG: the labels 0, 1 and 2 of NLI, for example 1 for entailment and 2 for neutral, were taken as similarities."""
+
+    def scores(rows):
+        return tokenize_table(rows, RowTokenizer(tokenizer, 16, scored=True), "a.csv", paired=True)["scores"][:]
+
+    rows = pairs(labels, ALIKE)
+    message = error_of(scores, rows)
+    assert message.startswith("a.csv, column 'label': the labels 0, 1 and 2 may mean entailment, neutral and contradiction")
+    assert "write scores in their place, or give --columns score=label (or columns:" in message
+    assert scores(take_columns(rows, {"score": "label"})) == [[float(label)] for label in labels]
+    assert scores(pairs([0, 1, 0], ALIKE)) == [[0], [1], [0]]  # matches, as in QQP
+    assert scores(pairs([0, 1, 3], ALIKE)) == [[0], [1], [3]]  # grades
 
 
 def test_two_columns_of_labels_are_refused():

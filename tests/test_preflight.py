@@ -409,7 +409,7 @@ def test_what_the_training_refuses_is_refused(tmp_path, encoder):
     assert "every text looks like a list" in error_of(report_of, [{"anchor": "['a']", "positive": "b"}] * 2, encoder)
     (tmp_path / "latin.csv").write_bytes("anchor,positive\ncaf\u00e9,b\n".encode("latin-1"))
     assert "can't decode byte 0xe9 in line 2" in error_of(run, tmp_path / "latin.csv")
-    assert error_of(run, tmp_path / "none.csv").endswith("(folders and patterns are not supported)")
+    assert error_of(run, tmp_path / "none.csv").endswith("(several files, or a pattern, can only be given in --sources)")
     assert error_of(run).startswith(
         "there is nothing to check; give FILE ..., --train_file FILE, --dataset_name NAME or --sources FILE"
     )

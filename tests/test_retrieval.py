@@ -376,6 +376,17 @@ def test_zero_shot_labels_have_their_names(tmp_path, caplog):
     assert "the label 'intent' of the first row occurs only there; if this row is a header" in caplog.text
 
 
+def test_numbers_as_labels_are_warned_of(tmp_path, caplog):
+    """BUG: the datasets of mteb have numbers as labels; "this is an example of 7" was scored without a word."""
+    (tmp_path / "a.tsv").write_text("7\ta\n11\tb\n7\tc\n")
+    assert read_zero_shot(str(tmp_path / "a.tsv"), "{label} stars").label_texts == ["11 stars", "7 stars"]
+    assert "a.tsv: the labels are numbers, such as 11, and tell a model nothing unless the template explains" in caplog.text
+    caplog.clear()
+    (tmp_path / "names.json").write_text('{"7": "lost", "11": "late"}')
+    read_zero_shot(str(tmp_path / "a.tsv"), "{label}", str(tmp_path / "names.json"))
+    assert not caplog.messages
+
+
 def test_zero_shot_of_arrays():
     texts, labels, names = [f"text {i}" for i in range(9)], [0, 1, 2] * 3, ["one", "two", "three"]
     assert ZeroShot(*map(np.array, (texts, labels, names))).score(embed) == ZeroShot(texts, labels, names).score(embed)

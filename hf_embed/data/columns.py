@@ -30,7 +30,7 @@ ACCEPTED = (
     "others that docs/guides/own_data.md lists"
 )
 SINGLE = ("text", "sentence")
-ANCHORS, POSITIVES = ("anchor", "query", "question"), ("positive", "positives", "pos")
+ANCHORS, POSITIVES = ("anchor", "query", "question"), ("positive", "positives", "pos", "positivepassages", "positivectxs")
 LAYOUTS = [
     *((anchor, positive) for anchor in ANCHORS[:2] for positive in POSITIVES),
     ("sent0", "sent1"),
@@ -55,6 +55,8 @@ DESCRIBED = [
     ("title", "abstract"),
     ("summary", "article"),
     ("comment", "code"),
+    ("docstring", "code"),
+    ("funcdocumentationstring", "funccodestring"),
     *ALIKE,
 ]
 # A table with a column `text` counts as single texts, unless the caller asks for pairs.
@@ -76,6 +78,11 @@ TEACHER = re.compile(r"(pos|neg)(itive|ative)?s?(_?\d+)?_scores?(_?\d+)?", re.IG
 # A column whose name contains one of these words does not hold texts to train on.
 NO_TEXT = {"id", "ids", "idx", "index", "url", "urls", "link", "lang", "language", "date", "split", "unnamed", "type", "genre",
            "uid", "key", "hash", "number", "nr"}  # fmt: skip
+# Words in the names of columns that are not known, from which the advice in a message guesses their roles.
+ASKING = {"query", "question", "anchor", "instruction", "prompt"}
+ANSWERING = {"pos", "positive", "positives", "answer", "answers", "passage", "document", "doc", "text", "body", "output",
+             "response", "reply", "chosen"}  # fmt: skip
+NEGATING = {"neg", "negative", "negatives", "rejected"}
 NAMED_OTHERWISE = "(or columns: in a sources file, or rename_columns of a Dataset)"
 # A column name with more words than this may be a text, because the file has no header.
 NAME_WORDS = 4
@@ -129,6 +136,8 @@ def text_columns(names: list[str], name: str, paired: bool | None = None, scores
                 f"{name}: there is only one column, '{shortened(single)}'; if this is a text, add a header above it, for "
                 "example text; otherwise rename the column"
             )
+        if len(single.split()) > 1:
+            logger.warning(f"{name}: '{single}' is read as the name of the only column; if it is a text, add a header above it")
     pair = None if paired is False else pair_of(names, name, None if paired else single)
     if pair is not None:
         columns = pair + negative_columns(names)
@@ -136,7 +145,7 @@ def text_columns(names: list[str], name: str, paired: bool | None = None, scores
         columns = [single]
     else:
         header = ""
-        if any(len(column.split()) > NAME_WORDS for column in names):
+        if any(len(column.split()) > NAME_WORDS or column.isdecimal() for column in names):
             header = "if the first row is data, add a header above it; otherwise "
         raise InputError(f"{name}: found the columns {', '.join(names)}; {header}{mend(names, paired)}")
     refuse_twins(names, columns, name)
@@ -165,6 +174,9 @@ def pair_of(names: list[str], name: str, single: str | None = None) -> list[str]
     if named := matches(LAYOUTS):
         return named[0]
     described = matches(DESCRIBED if single else DESCRIBED + WITH_TEXT)
+    asked = [found[column] for column in ANCHORS if column in found]
+    if asked and not any(pair[0] in asked for pair in described):  # the query would be left out
+        described = [[asked[0], single]] if single is not None else []
     if single is not None:
         described += [[single, found[positive]] for positive in POSITIVES if positive in found]
     meant = [*described, [single]] if described and single is not None else described
@@ -203,7 +215,7 @@ def mend(names: list[str], paired: bool | None) -> str:
     """Return advice for a table whose columns are not recognized."""
     judging = judging_columns(names)
     texts = [column for column in names if column not in judging and not NO_TEXT.intersection(words_of(column))]
-    negatives = [column for column in texts if NEGATIVE.fullmatch(column)]
+    negatives = [column for column in texts if NEGATIVE.fullmatch(column) or NEGATING.intersection(words_of(column))]
     texts = [column for column in texts if column not in negatives]
     if paired is False:
         return f"name the column with {flag((texts or ['COLUMN'])[0])}; recognized names are text and sentence"
@@ -211,7 +223,11 @@ def mend(names: list[str], paired: bool | None) -> str:
     if len(texts) < 2:
         return f"a pair needs two columns of texts; train on single texts with unsup-simcse; {accepted}"
     beside = f"; keep only the pairs that '{judging[0]}' marks as a match; the others are not positives" if judging else ""
-    return f"name the columns with {flag(*texts[:2], *negatives)}{beside}; {accepted}"
+    answers = [column for column in texts if ANSWERING.intersection(words_of(column))]
+    others = [column for column in texts if column not in answers]
+    anchor = next((column for column in texts if ASKING.intersection(words_of(column))), (others or texts)[0])
+    positive = next(column for column in [*answers, *others] if column != anchor)
+    return f"name the columns with {flag(anchor, positive, *negatives)}{beside}; {accepted}"
 
 
 def flag(*columns: str) -> str:

@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 SEPARATORS = {"csv": ",", "tsv": "\t"}
 SEPARATOR_NAMES = {",": "a comma", "\t": "a tab", ";": "';'", "|": "'|'"}
-NEGATIVE = re.compile(r"(hard[\s_-]*)?neg(ative)?s?[\s_-]*\d*", re.IGNORECASE)
+NEGATIVE = re.compile(r"(hard[\s_-]*)?neg(ative)?s?[\s_-]*(\d*|(passage|ctx|document|doc|text)s?)", re.IGNORECASE)
 BATCH_ROWS, BATCH_CHARACTERS = 2000, 10_000_000
 # A cell that is enclosed in quotes, with quotes inside that are written twice: "He said ""hi"".".
 QUOTED = re.compile(r'"(?=.*"")(?:[^"]|"")+"')
@@ -263,6 +263,8 @@ def survey_tables(paths: list[str], table: Table) -> Features:
 
 # ---- json ----
 
+OBJECT = 'such as {"anchor": "a question", "positive": "its answer"}'
+
 
 def json_rows(path: str) -> Iterator[tuple[int, dict]]:
     """Read the objects of a file with their line numbers (in a single list: their positions). Blank lines are skipped."""
@@ -271,14 +273,13 @@ def json_rows(path: str) -> Iterator[tuple[int, dict]]:
     if head.lstrip().startswith("[") or (kind_of(path) == "json" and not is_json(head)):
         rest = "".join(line for _, line in numbered)
         if rest.strip() and is_json(head):  # each line is a list, and a list does not say what its texts are
-            mend = 'such as {"anchor": "a question", "positive": "its answer"}'
-            raise unreadable(path, f"line {start} is a list; expected a JSON object in each line, {mend}")
+            raise unreadable(path, f"line {start} is a list; expected a JSON object in each line, {OBJECT}")
         items = parsed(head + rest, path, start)
         if not isinstance(items, list):
             raise unreadable(path, "expected a list of JSON objects, or one object per line")
         for number, item in enumerate(items, 1):
             if not isinstance(item, dict | str):
-                raise unreadable(path, f"row {number}: expected a JSON object")
+                raise unreadable(path, f"row {number}: expected a JSON object, {OBJECT}")
             yield number, {"text": item} if isinstance(item, str) else item
         return
     for number, line in chain([(start, head)], numbered):
@@ -380,8 +381,10 @@ def rows_of(path: str, table: Table) -> Iterator[dict]:
     kind = kind_of(path)
     if kind in SEPARATORS:
         names = table_columns(path, table)
+        absent = {name for name in names if NEGATIVE.fullmatch(name)}  # an empty cell says that there is no negative
         for _, _, cells in body_rows(path, table):
-            yield dict(zip(names, chain(cells, [None] * (len(names) - len(cells)))))
+            row = zip(names, chain(cells, [None] * (len(names) - len(cells))))
+            yield {name: None if cell == "" and name in absent else cell for name, cell in row}
     elif kind == "txt":
         for _, line in lines(path):
             for text in line.removesuffix("\n").removesuffix("\r").split("\r"):
@@ -400,8 +403,12 @@ def survey(paths: list[str], table: Table) -> Features:
     if kind in SEPARATORS:
         features = survey_tables(paths, table)
     elif kind == "txt":
-        for _ in chain.from_iterable(map(lines, paths)):
-            pass
+        tabs = {line.count("\t") for _, line in chain.from_iterable(map(lines, paths)) if not line.isspace()}
+        if len(tabs) == 1 and tabs != {0}:
+            logger.warning(
+                f"{masked(paths[0])}: each line has {tabs.pop()} tab(s), which are read as part of its text; if they separate "
+                "columns, give the file the ending .tsv"
+            )
         features = Features({"text": Value("string")})
     else:
         features = features_of(row for path in paths for _, row in json_rows(path))

@@ -26,6 +26,7 @@ import hashlib
 import logging
 import math
 import re
+import shlex
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -38,6 +39,7 @@ from hf_embed.data.columns import (
     DESCRIBED,
     INFERENCE,
     LAYOUTS,
+    NAMED_OTHERWISE,
     SINGLE,
     column_names,
     negative_columns,
@@ -239,6 +241,19 @@ def check_label_names(rows: Dataset, column: str, name: str) -> None:
     if -1 in labels:
         raise InputError(
             f"{name}, row {labels.index(-1) + 1}, column '{column}': -1 stands for no label; fill it in or delete the row"
+        )
+
+
+def refuse_inference_labels(rows: Dataset, column: str, name: str) -> None:
+    """Raise InputError if 0, 1 and 2 in a column of labels may be those of NLI, whose order is not that of similarity."""
+    if plain(column) not in LABELS or isinstance(rows.features[column], ClassLabel):  # its names were checked
+        return
+    words = {written_as(label, rows.features[column]) for label in rows[column][:]}.difference(ABSENT)
+    if "2" in words and words <= {"0", "1", "2"}:
+        raise InputError(
+            f"{name}, column '{column}': the labels 0, 1 and 2 may mean entailment, neutral and contradiction, which are not "
+            f"scores; write scores in their place, or give --columns {shlex.quote(f'score={column}')} {NAMED_OTHERWISE} if 2 "
+            "stands for the most similar texts"
         )
 
 

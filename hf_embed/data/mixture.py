@@ -26,7 +26,7 @@ from hf_embed.data.labeled import as_pairs
 from hf_embed.data.python_rows import as_rows
 from hf_embed.data.sampling import generator
 from hf_embed.data.scores import has_scores
-from hf_embed.data.sources import kept_rows, refuse_lists
+from hf_embed.data.sources import check_first_texts, kept_rows
 from hf_embed.data.tokenization import (
     RowTokenizer,
     most_texts,
@@ -159,7 +159,7 @@ class Stream:
         if ranks > 1 and was_split(source.rows):
             raise InputError(f"{source.label}: the stream is split among processes twice; give each process the whole stream")
         first = list(islice(source.rows, FIRST_ROWS))
-        refuse_lists(first, self.columns, source.label)
+        check_first_texts(first, self.columns, source.label)
         if len(self.columns) > 1:
             unused = dict.fromkeys(column for row in first for column in row if column not in self.columns)
             warn_of_judgements(first, list(unused), self.label)

@@ -4,21 +4,24 @@ Accepted columns (case, spaces, hyphens and underscores do not matter):
 
     text | sentence                             one text per row; in unsupervised training it is its own positive
     anchor | query | question, positive         as in sentence-transformers and retrieval; also `positives` or `pos`; each cell
-                                                is a text or a list of texts, as in FlagEmbedding's jsonl
+                                                is a text or a list of texts, as in FlagEmbedding's jsonl; also
+                                                `positive_passages` (Tevatron) and `positive_ctxs` (DPR)
     sent0, sent1                                as in SimCSE's own NLI files
     anchor | premise, entailment                with `contradiction` as the negative
     question | query, answer | passage | document | context
     title, body | abstract                      also title, text if the caller asks for pairs
-    summary, article; comment, code
+    summary, article; comment | docstring, code
     sentence1, sentence2                        also question, text, title or caption with 1 and 2, and sentence_A, sentence_B
     premise, hypothesis, label                  also the pairs of the line above with a column of labels;
                                                 `hf_embed.data.labeled` converts them to positives and negatives
 
-All pairs may have negatives: `negative`, `negative_1`, `negative_2` ..., or `negatives`, `neg`, `hard_neg`. A cell of negatives
-is a text, a list of texts, or null (a row may have fewer negatives than other rows). The layouts in the lines with `positive`,
-`sent0` and `entailment` name their positives, and the first of them that matches is used. Of the other layouts, only one may
-match (`hf_embed.data.columns`). A list of positives becomes one row for each positive, and the other positives of the list are
-never negatives of that row. `--columns anchor=frage positive=antwort` names columns with other names.
+All pairs may have negatives: `negative`, `negative_1`, `negative_2` ..., or `negatives`, `neg`, `hard_neg`; in Tevatron and DPR
+`negative_passages`, `negative_ctxs`, `hard_negative_ctxs`. A cell of negatives is a text, a list of texts, or null (a row may
+have fewer negatives than other rows). A positive or negative may also be a passage, {"title": ..., "text": ...}: it is read as
+its title, a space and its text. The layouts in the lines with `positive`, `sent0` and `entailment` name their positives, and
+the first of them that matches is used. Of the other layouts, only one may match (`hf_embed.data.columns`). A list of positives
+becomes one row for each positive, and the other positives of the list are never negatives of that row. `--columns anchor=frage
+positive=antwort` names columns with other names.
 
 Other columns are not used. But an unused column that judges the pairs (its name says label or score, for example) is refused,
 because then some pairs may not be positives. If only its values look like judgments, a warning names it.
@@ -29,15 +32,16 @@ import logging
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet
-from datasets import Dataset, DatasetDict, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset, Value
 
 from hf_embed.data import files
 from hf_embed.data.cache import cached_map, checked_load
-from hf_embed.data.columns import column_names, text_columns
+from hf_embed.data.columns import FEW_VALUES, column_names, plain, text_columns
 from hf_embed.disk import DiskError
-from hf_embed.errors import EmptyTextError, InputError
+from hf_embed.errors import EmptyTextError, InputError, masked
 from hf_embed.hub_access import check_dataset
 from hf_embed.read_files import check_file, first_line, kind_of
 
@@ -73,7 +77,21 @@ def read_file(
         rows = read_parquet(paths, streaming)
     if (len(rows) == 0) if isinstance(rows, Dataset) else is_empty(rows, paths[0]):
         raise InputError(f"{paths[0]}: there are no rows")
+    if isinstance(rows, Dataset):
+        warn_of_splits(rows, paths[0])
     return rows
+
+
+def warn_of_splits(rows: Dataset, path: str) -> None:
+    """Log a warning if a column says that the rows belong to several splits, such as train and test. All of them are read."""
+    for column in rows.column_names:
+        if plain(column) == "split" and rows.features[column] == Value("string"):
+            splits = sorted(filter(None, rows.unique(column)))
+            if 1 < len(splits) <= FEW_VALUES:
+                logger.warning(
+                    f"{masked(path)}: the column '{column}' names the splits {', '.join(splits)}, and the rows of all of them "
+                    "are used; keep those of one in the file"
+                )
 
 
 def is_empty(rows: IterableDataset, path: str) -> bool:
@@ -145,7 +163,7 @@ def check_files(paths: list[str]) -> str:
             try:
                 check_file(path)
             except InputError as error:
-                raise InputError(f"{error} (folders and patterns are not supported)") from error
+                raise InputError(f"{error} (several files, or a pattern, can only be given in --sources)") from error
             if Path(path).stat().st_size == 0:
                 raise InputError(f"{path}: the file is empty")
         kind = kind_of(path)
@@ -245,6 +263,16 @@ def cell_text(cell: object, where: str) -> str:
     return cell
 
 
+def passage_text(cell: Any) -> Any:
+    """Return the text of a passage {"title", "text"}, with its title first, as BEIR, Tevatron and DPR have them.
+
+    Any other cell is returned unchanged.
+    """
+    if not isinstance(cell, dict) or not isinstance(cell.get("text"), str):
+        return cell
+    return f"{cell.get('title') or ''} {cell['text']}".strip()
+
+
 def cell_texts(cell: object, where: str) -> list[str]:
     """Return the texts of a cell that holds one text, a list of texts, or null (no texts). Raise errors as `cell_text` does."""
     if isinstance(cell, str) and is_list(cell):
@@ -253,7 +281,7 @@ def cell_texts(cell: object, where: str) -> list[str]:
             "text into its own column, negative_1, negative_2 ..."
         )
     cells = [] if cell is None else cell if isinstance(cell, list | tuple) else [cell]
-    return [cell_text(text, where) for text in cells]
+    return [cell_text(passage_text(text), where) for text in cells]
 
 
 def row_texts(row: dict, columns: list[str], where: str) -> list[str]:
@@ -266,7 +294,8 @@ def row_texts(row: dict, columns: list[str], where: str) -> list[str]:
     texts = []
     for i, column in enumerate(columns):
         cell, place = row.get(column), f"{where}, column '{column}'"  # a row of a stream may lack a column
-        texts += cell_texts(cell, place) if i >= 2 else [cell_text(cell, place)]  # only negatives may be several
+        # Only negatives may be several.
+        texts += cell_texts(cell, place) if i >= 2 else [cell_text(passage_text(cell) if i else cell, place)]
     return texts
 
 
@@ -319,10 +348,10 @@ def texts_of(rows: Dataset, columns: list[str], name: str) -> Iterator[list[str]
         yield from (texts for texts, _ in rows_of_texts(row, columns, f"{name}, row {number}"))
 
 
-def refuse_lists(rows: Iterable[dict], columns: list[str], name: str) -> None:
+def check_first_texts(rows: Iterable[dict], columns: list[str], name: str) -> None:
     """Raise InputError if all anchors, or all positives, in some first rows are lists that were written as texts.
 
-    A single such text is accepted, because it may be a real text.
+    A single such text is accepted, because it may be a real text. If all of them are whole numbers, a warning is logged.
     """
     rows = list(rows)
     for column in columns[:2]:
@@ -330,6 +359,11 @@ def refuse_lists(rows: Iterable[dict], columns: list[str], name: str) -> None:
         if len(cells) > 1 and all(map(is_list, cells)):
             raise InputError(
                 f"{name}, column '{column}': every text looks like a list, {files.shortened(cells[0])}; write one text per row"
+            )
+        if len(cells) > 1 and all(cell.strip().isdecimal() for cell in cells):
+            logger.warning(
+                f"{name}, column '{column}': every text looked at is a number, such as {cells[0]}; if these are ids of texts, "
+                "put the texts in their place"
             )
 
 

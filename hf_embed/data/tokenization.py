@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_embed.data.cache import cached_map
 from hf_embed.data.columns import text_columns, warn_of_judgements
-from hf_embed.data.labeled import check_label_names
+from hf_embed.data.labeled import check_label_names, refuse_inference_labels
 from hf_embed.data.scores import check_gaps, row_scores, score_columns
-from hf_embed.data.sources import kept_rows, refuse_lists
+from hf_embed.data.sources import check_first_texts, kept_rows
 from hf_embed.encoding import beginning, room_for_text
 from hf_embed.errors import InputError
 from hf_embed.progress import table_bars
@@ -172,13 +172,14 @@ def columns_to_read(rows: Dataset, scored: bool, name: str, paired: bool | None 
         paired: see `hf_embed.data.columns.text_columns`.
 
     Raises:
-        InputError: if the columns are not recognized, if texts look like lists, or if a `ClassLabel` cannot be a score.
+        InputError: if the columns are not recognized, if texts look like lists, or if labels cannot be scores.
     """
     scores = score_columns(rows.column_names, name) if scored else []
     for column in scores:
         check_label_names(rows, column, name)
+        refuse_inference_labels(rows, column, name)
     columns = text_columns(rows.column_names, name, paired, scores)
-    refuse_lists(islice(rows.select_columns(columns), 20), columns, name)
+    check_first_texts(islice(rows.select_columns(columns), 20), columns, name)
     return columns, scores
 
 

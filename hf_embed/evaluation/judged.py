@@ -4,13 +4,15 @@ They are read from rows with these columns. In each line the first name that mat
 underscores do not matter):
 
     the query      anchor | query | sent0 | question
-    positives      positive | sent1 | answer         also pos, positives, answers; positive_1, positive_2 ...
-    negatives      negative | hard_neg | documents   also neg, negatives; negative_1, negative_2 ...
+    positives      positive | sent1 | answer         also pos, positives, answers; positive_1, positive_2 ...;
+                                                     positive_passages (Tevatron), positive_ctxs (DPR)
+    negatives      negative | hard_neg | documents   also neg, negatives; negative_1, negative_2 ...;
+                                                     negative_passages, negative_ctxs, hard_negative_ctxs
 
 Training pairs with negatives are accepted too (`hf_embed.data.sources`), for example premise, entailment, contradiction. The
-cells of positives and negatives are a text, a list of texts, or null. `documents` holds all candidates of a query: its
-negatives are the documents that are not among the positives. In a second layout, each row has one document and its label, and
-the rows of the same query belong together:
+cells of positives and negatives are a text, a passage {"title", "text"}, a list of these, or null. `documents` holds all
+candidates of a query: its negatives are the documents that are not among the positives. In a second layout, each row has one
+document and its label, and the rows of the same query belong together:
 
     the query, as above; document | passage | answer; label, 1 or 0         document and label may also be lists
 """
@@ -32,11 +34,14 @@ from hf_embed.evaluation.rows import first_match, label_number
 logger = logging.getLogger(__name__)
 
 QUERIES = [re.compile(name, re.IGNORECASE) for name in ("anchor", "query", "sent0", "question")]
-POSITIVES = [re.compile(name, re.IGNORECASE) for name in (r"pos(itive)?s?(_\d+)?", "sent1", r"answers?(_\d+)?")]
+POSITIVES = [re.compile(name, re.IGNORECASE) for name in (r"pos(itive)?s?(_\d+|_passages|_ctxs)?", "sent1", r"answers?(_\d+)?")]
 NEGATIVES = [NEGATIVE, re.compile("documents", re.IGNORECASE)]
 DOCUMENTS = [re.compile(name, re.IGNORECASE) for name in ("documents?", "passages?", "answers?")]
 LABELS = [re.compile("labels?", re.IGNORECASE)]
-ACCEPTED = "query, positive, negative; anchor, positive, negative; sent0, sent1, hard_neg; question, answer, negative"
+ACCEPTED = (
+    "query, positive, negative; anchor, positive, negative; sent0, sent1, hard_neg; question, answer, negative; for reranking "
+    "also query, document, label"
+)
 
 
 class Judged(NamedTuple):

@@ -21,6 +21,7 @@ from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional as F
 
+from hf_embed.data.columns import plain
 from hf_embed.data.files import Table, json_rows, shortened, table_rows
 from hf_embed.data.sources import read_hub
 from hf_embed.distributed import gather_objects, get_rank, get_world_size
@@ -247,7 +248,10 @@ def texts_by_id(rows: Iterable[Row], text_of: Callable[[Row], str], name: str) -
 
 
 def read_qrels(folder: Path, split: str | None) -> list[tuple[str, str, int]]:
-    """Read (query id, document id, grade) judgments. Find the columns by a BEIR header, or else by position."""
+    """Read (query id, document id, grade) judgments. Find the columns by a BEIR header, or else by position.
+
+    Without a header, a line has these three cells, or in a file of TREC an unused one after the first.
+    """
     there = [name for name in ([split] if split else SPLITS) if (folder / f"{name}.tsv").is_file()]
     if not there:
         found = ", ".join(sorted(path.stem for path in folder.glob("*.tsv"))) or "none"
@@ -260,9 +264,12 @@ def read_qrels(folder: Path, split: str | None) -> list[tuple[str, str, int]]:
     for number, _, row in table_rows(path, Table()):
         if first:
             first = False
-            if set(QRELS) <= set(row):
-                order, width = [row.index(name) for name in QRELS], len(row)
+            names = list(map(plain, row))
+            if set(map(plain, QRELS)) <= set(names):
+                order, width = [names.index(plain(name)) for name in QRELS], len(row)
                 continue
+            if len(row) == 4 and row[1] in ("0", "Q0"):  # as TREC and MS MARCO write it: the second column is not used
+                order, width = [0, 2, 3], 4
             if len(row) == 3 and not is_number(row[2]):  # a header with other names
                 continue
         if len(row) != width or not is_number(row[order[2]]) or float(row[order[2]]) % 1:
@@ -276,7 +283,9 @@ def read_qrels(folder: Path, split: str | None) -> list[tuple[str, str, int]]:
 
 
 def read_jsonl(path: Path) -> list[Row]:
-    """Read rows with "_id" and "text"."""
+    """Read rows with "_id" and "text". The file may be gzipped, with .gz after its name."""
+    packed = path.with_name(f"{path.name}.gz")
+    path = packed if packed.is_file() and not path.is_file() else path
     if not path.is_file():
         raise InputError(f"{path}: this file does not exist; a BEIR folder has corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv")
     rows = []

@@ -69,10 +69,11 @@ def read_sts(path: str) -> Dataset:
                 f"{path}: the first row does not name score, sentence1 and sentence2, so the first column should hold the "
                 f"scores, but it begins with {first!r}; add a header with these names"
             )
-        if all(map(is_number, rows[names["sentence1"]][:])):
+        numbers = [i for i, c in enumerate(rows.column_names, 1) if c != names["score"] and all(map(is_number, rows[c][:]))]
+        if numbers:
             raise InputError(
-                f"{path}: the columns of a file without a header are score, sentence1 and sentence2, but the second one holds "
-                "only numbers; remove a column of row numbers, or add a header with these names"
+                f"{path}: the columns of a file without a header are score, sentence1 and sentence2, but column {numbers[0]} "
+                "holds only numbers too; remove a column of row numbers, or add a header with these names"
             )
     if all(c in names for c in COLUMNS):
         rows = rows.select_columns([names[c] for c in COLUMNS]).rename_columns({names[c]: c for c in COLUMNS if names[c] != c})

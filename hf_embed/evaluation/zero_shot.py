@@ -15,7 +15,7 @@ from datasets import ClassLabel, Dataset
 from hf_embed.data.sources import plain_rows, row_texts
 from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import ordered, unit
-from hf_embed.evaluation.rows import as_list, read_table
+from hf_embed.evaluation.rows import as_list, is_number, read_table
 from hf_embed.evaluation.tasks import Embed, EvaluationTask, embed_on_all_ranks, unranked
 from hf_embed.read_files import read_json
 
@@ -96,6 +96,11 @@ def read_zero_shot(path: str, template: str, labels_file: str | None = None) -> 
     if len(labels) < 2:
         raise InputError(f"{path}: all labels are {labels[0]}; classification needs at least two different labels")
     names = read_label_names(labels_file, labels) if labels_file else {label: label.replace("_", " ") for label in labels}
+    if all(map(is_number, names.values())):
+        logger.warning(
+            f"{path}: the labels are numbers, such as {labels[0]}, and tell a model nothing unless the template explains them; "
+            "write words, or give their texts with --zero_shot_labels NAME=FILE"
+        )
     number = {label: i for i, label in enumerate(labels)}
     texts = [template.replace("{label}", names[label]) for label in labels]
     return ZeroShot(rows["text"][:], [number[label] for label in found], texts)

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import xxhash
 from datasets import Dataset
 
-from hf_embed.data.sources import cell_text
+from hf_embed.data.sources import cell_text, passage_text
 
 SIDES = ("anchors", "positives", "negatives")
 BATCH = 4_000  # rows read at a time
@@ -126,6 +126,8 @@ def checked_texts(array: pyarrow.Array, name: str, where: str, start: int, lists
     values = array.to_pylist()
     if isinstance(array, pyarrow.ExtensionArray):  # JSON
         values = [None if cell is None else json.loads(cell) for cell in array.storage.to_pylist()]
+    if lists:
+        values = [list(map(passage_text, cell)) if isinstance(cell, list) else passage_text(cell) for cell in values]
     for number, cell in enumerate(values, start + 1):
         for text in cell if lists and isinstance(cell, list) else [cell]:
             if not isinstance(text, str | None):
