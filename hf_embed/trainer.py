@@ -67,7 +67,7 @@ class ContrastiveTrainer(GuardedTrainer):
             - a `PreTrainedModel`, a PEFT model around one, or an `Encoder`;
             - the `TrainingStep` of an earlier training (`trainer.step`), whose heads are kept.
         args: `ContrastiveTrainingArguments`. Its pooling, max_length, normalize and prompts are passed to the encoder. Plain
-            `TrainingArguments` are also accepted and keep their values.
+            `TrainingArguments` are also accepted and keep their values. The trainer has a copy: `trainer.args`.
         objective: the loss. The default is `SimCSE(temperature=0.05)`.
         train_dataset: one of
 
