@@ -33,6 +33,7 @@ from hf_embed.encoding import (
     encode_by_length,
     evaluating,
     model_lock,
+    on_cpu_by_default,
     on_devices,
     room_for_text,
     text_list,
@@ -362,7 +363,7 @@ class Encoder(nn.Module):
             embeddings = embed_tokens(encoder, encoder, tokens, chunk_tokens)
             return quantize(self.finish(embeddings.float(), truncate_dim, normalize), precision)
 
-        with evaluating(self):
+        with evaluating(self), on_cpu_by_default():
             encoders = on_devices(self, device)
             for encoder in encoders:
                 check_kernel(encoder.backbone, encoder.device)

@@ -13,6 +13,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from queue import SimpleQueue
 from threading import Lock, RLock
 from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, TypeVar
@@ -302,6 +303,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             elif training or model.training:  # the forward check switches a model to training mode
                 for module in model.modules():
                     module.training = module in training
+
+
+def on_cpu_by_default() -> AbstractContextManager:
+    """Return a context in which new tensors are on the CPU, also after `torch.set_default_device`, as the code here expects."""
+    return contextlib.nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
 
 
 def check_output(encoder: "Encoder", truncate_dim: int | None, normalize: bool | None, precision: str) -> None:

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel
 
-from hf_embed.encoding import evaluating
+from hf_embed.encoding import evaluating, on_cpu_by_default
 from hf_embed.errors import InputError
 from hf_embed.exact import exact_products, in_float32
 from hf_embed.library_internals import attention_backend, plain_attention
@@ -403,6 +403,7 @@ def undisturbed(encoder: "Encoder") -> Iterator[None]:
         torch.autocast(kind, enabled=False),
         torch.inference_mode(False),
         evaluating(encoder),
+        on_cpu_by_default(),
     ):
         yield
 

@@ -67,7 +67,7 @@ class ContrastiveTrainer(GuardedTrainer):
             - a `PreTrainedModel`, a PEFT model around one, or an `Encoder`;
             - the `TrainingStep` of an earlier training (`trainer.step`), whose heads are kept.
         args: `ContrastiveTrainingArguments`. Its pooling, max_length, normalize and prompts are passed to the encoder. Plain
-            `TrainingArguments` are also accepted and keep their values.
+            `TrainingArguments` are also accepted and keep their values. The trainer has a copy: `trainer.args`.
         objective: the loss. The default is `SimCSE(temperature=0.05)`.
         train_dataset: one of
 
@@ -129,7 +129,7 @@ class ContrastiveTrainer(GuardedTrainer):
         inputs.refuse_unknown(unknown)
         tasks = inputs.with_metrics(inputs.as_tasks(eval_dataset), compute_metrics)
         args = inputs.as_arguments(args, tasks)
-        check_settings(args, tasks)
+        check_settings(args, tasks, self.other_metrics)
         self.main_objective = inputs.checked_objective(objective)
         optimizers = inputs.checked_optimizers(optimizers, args)
         model = inputs.first_model(model, model_init, optimizers)
@@ -282,7 +282,7 @@ class ContrastiveTrainer(GuardedTrainer):
         with self.evaluating():
             scores = score_tasks(with_model(tasks, self.model), self._embed)
         if eval_dataset is None:
-            check_metric(self.args, tasks, scored=True)
+            check_metric(self.args, tasks, self.other_metrics, scored=True)
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in scores.items()}
         self.lines.scored(tasks, metric_key_prefix)
         due = self.control.should_log, self.control.should_evaluate

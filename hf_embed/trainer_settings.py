@@ -213,7 +213,7 @@ def check_schedule(args: TrainingArguments, steps: int | None = None) -> None:
         raise InputError(f"lr_scheduler_type {name}: {error}") from error
 
 
-def check_settings(args: TrainingArguments, tasks: dict[str, Task]) -> None:
+def check_settings(args: TrainingArguments, tasks: dict[str, Task], other_metrics: bool = False) -> None:
     """Check the arguments that a trainer is built with, and set those that follow from the evaluation sets.
 
     Raises:
@@ -229,7 +229,7 @@ def check_settings(args: TrainingArguments, tasks: dict[str, Task]) -> None:
     check_before(args)  # a second time, because a script may have changed the arguments after they were made
     check_after(args)
     check_evaluation(args, tasks)
-    check_metric(args, tasks)
+    check_metric(args, tasks, other_metrics)
     if args.n_gpu > 1:  # DataParallel would split the flat batch in the middle of texts
         logger.warning(f"{args.n_gpu} GPUs, but one process: only one GPU is used; `accelerate launch --quiet` uses them all")
         use_one_gpu(args)
@@ -244,12 +244,13 @@ def check_batch(args: TrainingArguments) -> None:
         )
 
 
-def check_metric(args: TrainingArguments, tasks: dict[str, Task], scored: bool = False) -> None:
+def check_metric(args: TrainingArguments, tasks: dict[str, Task], other_metrics: bool = False, scored: bool = False) -> None:
     """Resolve which metric of the evaluation sets chooses the best model ("auto": their main metric).
 
     For a schedule that reads the metric, this also sets `mode`: whether a larger or a smaller metric is better.
 
-    With `compute_metrics`, any name is accepted until the sets are scored, because the names of its metrics are not known.
+    With `compute_metrics`, any name is accepted until the sets are scored, because the names of its metrics are not known. With
+    `other_metrics`, an `evaluate` of a subclass may add any name, and Trainer looks for it.
 
     Raises:
         InputError: if no evaluation set logs the metric, or if `mode` was given and is the wrong one.
@@ -263,8 +264,8 @@ def check_metric(args: TrainingArguments, tasks: dict[str, Task], scored: bool =
     if args.greater_is_better is None:  # a script has set the metric after the arguments were made
         args.greater_is_better = not args.metric_for_best_model.endswith(LOWER_IS_BETTER)
     names = metric_names(tasks)
-    unknown = not scored and any(isinstance(task, STS) and task.compute_metrics for task in tasks.values())
-    if args.metric_for_best_model.removeprefix("eval_") not in names and not unknown:
+    computed = not scored and any(isinstance(task, STS) and task.compute_metrics for task in tasks.values())
+    if args.metric_for_best_model.removeprefix("eval_") not in names and not computed and not other_metrics:
         raise InputError(
             f"metric_for_best_model is '{args.metric_for_best_model}', which no evaluation set logs; set it to one of "
             f"{', '.join(sorted(names))}"

@@ -175,6 +175,18 @@ def test_vectors_are_float32_whatever_the_default_is():
         torch.set_default_dtype(torch.float32)
 
 
+def test_the_default_device_is_not_used():
+    """BUG: with another default device than the CPU, `encode` and the check of a new model ended in an error."""
+    encoder = tiny_encoder()
+    expected, other = encoder.encode(TEXTS), copy.deepcopy(encoder).double()  # whose check is repeated
+    torch.set_default_device("meta")
+    try:
+        same(encoder.encode(TEXTS), expected)
+        same(other.encode(TEXTS), expected)
+    finally:
+        torch.set_default_device(None)
+
+
 def test_an_array_of_one_text_is_one_text():
     """BUG: `encode` encoded a zero-dimensional array letter by letter."""
     encoder = tiny_encoder()

@@ -31,7 +31,7 @@ def trainer(tmp_path, **given) -> ContrastiveTrainer:
     if "model_init" not in given:
         given.setdefault("model", tiny_model())
     given = {"train_dataset": PAIRS, "eval_dataset": {"dev": GRADED}, "processing_class": small_tokenizer()} | given
-    return ContrastiveTrainer(args=args, **given)
+    return given.pop("kind", ContrastiveTrainer)(args=args, **given)
 
 
 # ---- model_init ----
@@ -201,6 +201,21 @@ def test_parts_that_are_replaced_later_are_refused(tmp_path, name):
     made = trainer(tmp_path)
     setattr(made, name, {"train_dataset": PAIRS, "model": new_model(), "main_objective": SimCSE(0.5)}.get(name, list))
     assert f"{name} was changed after the trainer was made" in error_of(made.train)
+
+
+def test_an_evaluate_of_a_subclass_may_choose_the_best_model(tmp_path):
+    """BUG: a metric that it adds was refused as metric_for_best_model, because no evaluation set logs it."""
+
+    class Steps(ContrastiveTrainer):
+        def evaluate(self, *args, **named):
+            return super().evaluate(*args, **named) | {"eval_steps_left": 2.0 - self.state.global_step}
+
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1,
+                "load_best_model_at_end": True, "metric_for_best_model": "steps_left", "greater_is_better": True}  # fmt: skip
+    made = trainer(tmp_path, kind=Steps, settings=settings)
+    made.train()
+    assert made.state.best_metric == 1 and str(made.state.best_model_checkpoint).endswith("checkpoint-1")
+    assert "no evaluation set logs" in error_of(trainer, tmp_path, settings=settings)
 
 
 @pytest.mark.parametrize("name, value", [("max_length", 4), ("prompts", {"query": "ask: "})])

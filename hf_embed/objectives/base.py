@@ -112,7 +112,8 @@ class Objective:
 
         Args:
             embeddings: (B, V, D) embeddings of the own rows, not normalized, in float32 or float64.
-            text_ids: (B, V) hash of each text; 0 where a row has fewer than V - 2 negatives.
+            text_ids: (B, V) hash of each text, or any number but 0 that only equal texts share; 0 where a row has fewer than
+                V - 2 negatives.
             all_embeddings: (N, V, D) embeddings of the rows of all ranks, which include the own rows; default: the own rows.
             all_text_ids: (N, V) hashes of the texts of all ranks; default: those of the own rows.
             first_row: number of the first own row among the rows of all ranks.
