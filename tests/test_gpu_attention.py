@@ -223,6 +223,17 @@ def test_a_model_that_moves_without_a_check_is_packed(attention, device, packed,
     assert encoder.numbering is (from_zero if packed else None)
 
 
+def test_a_model_of_model_init_is_checked_where_it_trains(tmp_path, monkeypatch):
+    """BUG: with flash attention, which cannot be checked on the CPU, its texts were padded on the GPU."""
+    checked, args = [], ContrastiveTrainingArguments(str(tmp_path), use_cpu=True, report_to="none", max_steps=1)
+    rows = [{"anchor": f"a text of number {i}", "positive": f"number {i} of a text"} for i in range(8)]
+    model = {"processing_class": small_tokenizer(), "model_init": lambda: tiny_model()}
+    trainer = ContrastiveTrainer(None, args, SimCSE(), rows, **model)
+    monkeypatch.setattr(Encoder, "check_changed", lambda encoder: checked.append(encoder))
+    trainer.train()
+    assert checked == [trainer.encoder]
+
+
 def flash_that_rounds(module, query, key, value, attention_mask, **options):
     """Attend as flash attention does on a GPU, in half precision."""
     assert query.dtype == torch.bfloat16
