@@ -142,6 +142,7 @@ class GuardedTrainer(CheckpointTrainer):
         """
         prepared = super()._prepare_for_training(*args, **named)
         if not self.sharded:
+            self.encoder.check_changed()  # `Trainer` has moved a model of `model_init` to its device
             if not made_schedule(self):
                 check_schedule_of(self.optimizer, self.lr_scheduler)
             for what in own_parameters_without(cast(Any, self.optimizer), self.step):

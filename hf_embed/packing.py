@@ -40,8 +40,9 @@ Numbering = Callable[[Tensor, Tensor, int], Tensor]  # (token ids (S,), lengths 
 
 
 def copy_to(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor from the CPU to a device. The host does not wait for a GPU."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    """Copy a tensor to a device, if it is not there. From the CPU to a GPU, the host does not wait for the GPU."""
+    waits = device.type != "cuda" or tensor.device.type != "cpu"  # only tensors on the CPU can be pinned
+    return tensor.to(device) if waits else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def from_zero(ids: Tensor, lengths: Tensor, pad_id: int) -> Tensor:

@@ -16,12 +16,11 @@ import hf_embed  # noqa: F401 (imported first: it prints that loading takes a wh
 from dataclasses import dataclass
 
 import torch
-from accelerate import PartialState
 
 from hf_embed import write_vectors
 from hf_embed.disk import check_output_file
 from hf_embed.kit.cli import REQUIRED, parse, run, setting
-from hf_embed.kit.inference import FastEncodingArguments, load_for_encoding, read_column
+from hf_embed.kit.inference import FastEncodingArguments, load_for_encoding, process_state, read_column
 from hf_embed.ranges import COUNT, check_ranges
 from hf_embed.vectors import PRECISIONS
 
@@ -56,7 +55,7 @@ def main() -> None:
     """Read the texts, load the model, encode."""
     (args,) = parse([Arguments])
     check_output_file(args.output, "OUT")
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = process_state()
     column, texts = read_column(args.file, args.column)
     encoder = load_for_encoding(args.model_name_or_path, args, state.device)
     options = ("prompt_name", "precision", "truncate_dim", "normalize", "batch_size", "chunk_tokens")

@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 
 from hf_embed.disk import check_folder
 from hf_embed.errors import InputError
@@ -33,7 +32,7 @@ from hf_embed.evaluation.sts import seven_tasks
 from hf_embed.evaluation.tasks import score_table, score_tasks
 from hf_embed.kit.cli import REQUIRED, parse, run, setting
 from hf_embed.kit.eval_flags import EvalArguments, joined, read_tasks
-from hf_embed.kit.inference import FastEncodingArguments, load_for_encoding
+from hf_embed.kit.inference import FastEncodingArguments, load_for_encoding, process_state
 from hf_embed.kit.models import embed_with
 from hf_embed.kit.report import check_results, store_evaluation, summary
 
@@ -56,7 +55,7 @@ def main() -> None:
     tasks = joined(read_tasks(evaluation), seven_tasks() if args.seven_sts else {}, "--seven_sts")
     if not tasks:
         raise InputError("there is no evaluation set; give --eval_sts_file NAME=PATH, another --eval_... flag, or --seven_sts")
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = process_state()
     encoder = load_for_encoding(args.model_name_or_path, args, state.device)
     scores = score_tasks(tasks, embed_with(encoder))
     if not state.is_main_process:

@@ -15,9 +15,6 @@ import hf_embed  # noqa: F401 (imported first: it prints that loading takes a wh
 # isort: split
 from dataclasses import dataclass
 
-import torch
-from accelerate import PartialState
-
 from hf_embed.data.columns import named_columns
 from hf_embed.data.labeled import read_pairs as positive_pairs
 from hf_embed.data.sources import leave_out, read_file, read_texts
@@ -26,7 +23,7 @@ from hf_embed.errors import InputError
 from hf_embed.evaluation.retrieval import judged_pairs, read_retrieval
 from hf_embed.fingerprint import fingerprint
 from hf_embed.kit.cli import REQUIRED, parse, run, setting
-from hf_embed.kit.inference import FastEncodingArguments, load_for_encoding
+from hf_embed.kit.inference import FastEncodingArguments, load_for_encoding, process_state
 from hf_embed.kit.models import embed_with
 from hf_embed.mining import MiningArguments, describe, write_hard_negatives
 
@@ -66,7 +63,7 @@ def main() -> None:
     """Read the pairs, load the model, mine negatives, and print how many were found and left out."""
     args, mining = parse([Arguments, MiningArguments])
     check_output_file(args.output_file, "--output_file")
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = process_state()
     pairs, corpus = read_pairs(args)
     encoder = load_for_encoding(args.model_name_or_path, args, state.device)
     counts = write_hard_negatives(pairs, corpus, embed_with(encoder), args.output_file, mining, fingerprint(encoder))

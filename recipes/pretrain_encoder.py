@@ -16,11 +16,9 @@ import hf_embed  # noqa: F401 (imported first: it prints that loading takes a wh
 import shutil
 from pathlib import Path
 
-import torch
-from accelerate import PartialState
-
 from hf_embed.kit import distill, masked_lm
 from hf_embed.kit.cli import parse, run
+from hf_embed.kit.inference import process_state
 from hf_embed.kit.pretraining import PretrainArguments, check_output, read_sentences
 from hf_embed.work_files import claimed
 
@@ -28,7 +26,7 @@ from hf_embed.work_files import claimed
 def main() -> None:
     """Train the encoder, and resume from its last checkpoint if there is one."""
     (args,) = parse([PretrainArguments])
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = process_state()
     output = Path(args.output_dir)
     check_output(output)
     work = output.with_name(output.name + ".work")

@@ -20,7 +20,7 @@ from hf_embed.activations import ChunkEncoder
 from hf_embed.errors import InputError
 from hf_embed.mlm import mask_tokens
 from hf_embed.objectives import CoSENT, ImprovedContrastive, MarginMSE, Matryoshka, TeacherKL, VectorDistillation
-from hf_embed.packing import precision
+from hf_embed.packing import copy_to, precision
 
 
 class OnApple(torch.Tensor):
@@ -124,6 +124,16 @@ def test_a_model_on_several_devices_is_not_trained(tmp_path):
         assert "on several devices (cpu, disk), which is only for encoding; load the model w" in error_of(
             trainer, tmp_path / "out", model
         )
+
+
+@pytest.mark.parametrize("place", ["cpu", "cuda"])
+def test_only_tensors_on_the_cpu_are_pinned(place):
+    """BUG: a `training_step` of a subclass that moves its batch itself ended in PyTorch's "cannot pin" on a GPU."""
+    calls, gpu = [], torch.device("cuda", 0)
+    tensor = SimpleNamespace(device=torch.device(place), to=lambda device, **how: calls.append((device, how)))
+    tensor.pin_memory = lambda: calls.append("pinned") or tensor
+    copy_to(tensor, gpu)
+    assert calls == (["pinned", (gpu, {"non_blocking": True})] if place == "cpu" else [(gpu, {})])
 
 
 GATHERED = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}

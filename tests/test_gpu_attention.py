@@ -13,6 +13,7 @@ from transformers.masking_utils import sdpa_mask
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, SimCSE, packed_attention
 from hf_embed.chunking import default_chunk_tokens
 from hf_embed.errors import InputError
+from hf_embed.kit.inference import process_state
 from hf_embed.library_internals import attention_backend
 from hf_embed.packed_attention import FLASH_TOKENS, PADDED, CannotPack, attend_by_text, attend_on_gpu, gpu_kernel
 from hf_embed.packing import from_zero
@@ -223,6 +224,17 @@ def test_a_model_that_moves_without_a_check_is_packed(attention, device, packed,
     assert encoder.numbering is (from_zero if packed else None)
 
 
+def test_a_model_of_model_init_is_checked_where_it_trains(tmp_path, monkeypatch):
+    """BUG: with flash attention, which cannot be checked on the CPU, its texts were padded on the GPU."""
+    checked, args = [], ContrastiveTrainingArguments(str(tmp_path), use_cpu=True, report_to="none", max_steps=1)
+    rows = [{"anchor": f"a text of number {i}", "positive": f"number {i} of a text"} for i in range(8)]
+    model = {"processing_class": small_tokenizer(), "model_init": lambda: tiny_model()}
+    trainer = ContrastiveTrainer(None, args, SimCSE(), rows, **model)
+    monkeypatch.setattr(Encoder, "check_changed", lambda encoder: checked.append(encoder))
+    trainer.train()
+    assert checked == [trainer.encoder]
+
+
 def flash_that_rounds(module, query, key, value, attention_mask, **options):
     """Attend as flash attention does on a GPU, in half precision."""
     assert query.dtype == torch.bfloat16
@@ -329,6 +341,17 @@ def test_the_launcher_chooses_the_cpu(tmp_path, monkeypatch):
     assert ContrastiveTrainingArguments(str(tmp_path), report_to="none").use_cpu
     monkeypatch.setenv("ACCELERATE_USE_CPU", "False")
     assert not ContrastiveTrainingArguments(str(tmp_path), report_to="none").use_cpu
+
+
+@pytest.mark.parametrize(("launched", "on_cpu"), [("True", True), ("False", False), (None, False)])
+def test_the_launcher_chooses_the_cpu_for_recipes_that_do_not_train(launched, on_cpu, monkeypatch):
+    """BUG: encode, evaluate, mine-hard-negatives and pretrain-encoder asked for one GPU for each CPU process."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("hf_embed.kit.inference.PartialState", lambda cpu: cpu)
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    if launched is not None:
+        monkeypatch.setenv("ACCELERATE_USE_CPU", launched)
+    assert process_state() is on_cpu
 
 
 @pytest.mark.parametrize("settings", [{}, {"nan_steps": "skip"}])

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from datasets import Column
 
 from hf_embed.data.sources import read_file, text_column
@@ -44,6 +46,11 @@ class FastEncodingArguments(EncodingArguments):
     attn_implementation: str | None = setting(
         None, "Attention implementation: sdpa, or flash_attention_2 on a GPU ... Default: the model's."
     )
+
+
+def process_state() -> PartialState:
+    """Return accelerate's state of this process: on its GPU, or on the CPU without a GPU or if the launcher sets `use_cpu`."""
+    return PartialState(cpu=not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 def load_for_encoding(name_or_path: str, flags: EncodingArguments, device: torch.device | str | None = None) -> Encoder:
