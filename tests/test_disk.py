@@ -134,8 +134,10 @@ class FailingRows(torch.utils.data.Dataset):
 
 
 def test_a_worker_s_full_disk_and_full_shared_memory(tmp_path):
+    rows = iter(DataLoader(FailingRows(), num_workers=1))
     with pytest.raises(DiskError, match=r"the disk is full \(at /tmp/rows.arrow\)"), disk_errors(tmp_path):
-        next(iter(DataLoader(FailingRows(), num_workers=1)))
+        next(rows)
+    rows._shutdown_workers()  # garbage collection would wait for the worker for five seconds
     for text in ("unable to write to file </torch_12_34>: No space left on device (28)",
                  "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out "
                  "of shared memory. Please try to raise your shared memory limit."):  # fmt: skip
