@@ -226,8 +226,9 @@ class Encoder(nn.Module):
         if packing is None:
             return entry.function(states, mask)
         groups = packing.unpack(states, mask)
-        pooler = cast(nn.Module, self.base.pooler) if entry.model_pooler else None
-        return torch.cat([entry.function(*group) if pooler is None else pooler(group[0]) for group in groups])
+        if entry.model_pooler:
+            return torch.cat([cast(nn.Module, self.base.pooler)(unpacked) for unpacked, _ in groups])
+        return torch.cat([entry.function(unpacked, masks) for unpacked, masks in groups])
 
     def embed(self, input_ids: Tensor, mask: Tensor, packing: Packing | None = None, **further: Tensor) -> Tensor:
         """Return embeddings (b, D): pool the hidden states and apply the layers after the pooling. Arguments as for `pool`."""

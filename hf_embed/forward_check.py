@@ -234,6 +234,7 @@ def check_passes(
         raise Unequal(f"{type(encoder.base).__name__}: {problem}")
 
 
+@torch.no_grad()
 def problem_of_batch(encoder: "Encoder", rows: list[Row], reference: Tensor) -> str:
     """Say why the vectors of a batch differ from the reference, (N, D): for lack of the tokenizer's other outputs, or not."""
     further = sorted({key for row in rows for key in row} - {"input_ids"})

@@ -1,7 +1,7 @@
 """Tests that a file of a user is read correctly, or is refused in one line that says where the mistake is and how to mend it.
 
 The files have unusual separators, quotes, lists and labels in tables; other encodings and odd lines; jsonl columns that begin
-late or change their type; BEIR folders; YAML settings; and texts of many megabytes.
+late or change their type; and texts of many megabytes.
 """
 
 import csv
@@ -30,7 +30,6 @@ from hf_embed.data.sources import is_list, read_file, read_hub, read_texts, row_
 from hf_embed.data.tokenization import RowTokenizer
 from hf_embed.encoding import beginning
 from hf_embed.evaluation.reranking import read_reranking
-from hf_embed.evaluation.retrieval import read_retrieval
 from hf_embed.evaluation.sts import read_sts
 from hf_embed.evaluation.triplets import Triplets, read_triplets
 from hf_embed.evaluation.zero_shot import read_zero_shot
@@ -688,159 +687,6 @@ def test_addresses_are_read_by_their_path(monkeypatch):
     finally:
         server.shutdown()
         files.DOWNLOADED.clear()
-
-
-# ---- BEIR folders ----
-
-
-def beir(folder, corpus=None, queries=None, qrels="query-id\tcorpus-id\tscore\nq1\td1\t1\nq2\td2\t1\n"):
-    default = {"corpus": ('{"_id": "d1", "text": "one"}\n', '{"_id": "d2", "text": "two é"}\n'),
-               "queries": ('{"_id": "q1", "text": "first"}\n', '{"_id": "q2", "text": "second"}\n')}  # fmt: skip
-    written(folder / "corpus.jsonl", corpus or "".join(default["corpus"]))
-    written(folder / "queries.jsonl", queries or "".join(default["queries"]))
-    written(folder / "qrels" / "test.tsv", qrels)
-    return str(folder)
-
-
-CORPUS = '{"_id": "d1", "text": "one"}\n{"_id": "d2", "text": "two é"}\n'
-READ_BEIR = {
-    "marks": {"corpus": CORPUS.encode("utf-8-sig"), "qrels": b"\xef\xbb\xbfq1\td1\t1\nq2\td2\t1\n",
-              "queries": b'\xef\xbb\xbf{"_id": "q1", "text": "first"}\n{"_id": "q2", "text": "second"}\n'},
-    "no header": {"qrels": "q1\td1\t1\nq2\td2\t1"},
-    "grades with a point": {"qrels": "q1\td1\t1.0\nq2\td2\t1.0\n"},
-    "blank lines": {"corpus": CORPUS + "\n  \n", "qrels": "\nquery-id\tcorpus-id\tscore\nq1\td1\t1\n\nq2\td2\t1\n\n"},
-    "windows": {"corpus": CORPUS.replace("\n", "\r\n"), "qrels": "query-id\tcorpus-id\tscore\r\nq1\td1\t1\r\nq2\td2\t1\r\n"},
-    "other order": {"qrels": "corpus-id\tscore\tquery-id\nd1\t1\tq1\nd2\t1\tq2\n"},
-    "underscores": {"qrels": "corpus_id\tscore\tQuery_ID\nd1\t1\tq1\nd2\t1\tq2\n"},  # BUG: read by position
-    "trec": {"qrels": "q1\t0\td1\t1\nq2\t0\td2\t1\nq2\t0\td1\t0\n"},
-    "other names": {"qrels": "query\tdoc\trel\nq1\td1\t1\nq2\td2\t1\n"},
-    "the same twice": {"corpus": CORPUS + '{"_id": "d1", "text": "one"}\n', "qrels": "q1\td1\t1\nq1\td1\t1\nq2\td2\t1\n"},
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", READ_BEIR)
-def test_beir_is_read(case, tmp_path):
-    found = read_retrieval(beir(tmp_path, **READ_BEIR[case]))
-    assert found.corpus == {"d1": "one", "d2": "two é"} and found.queries == {"q1": "first", "q2": "second"}
-    assert found.qrels == {"q1": {"d1": 1}, "q2": {"d2": 1}}
-
-
-def test_packed_beir_is_read(tmp_path):
-    expected = read_retrieval(beir(tmp_path))
-    for path in (tmp_path / "corpus.jsonl", tmp_path / "queries.jsonl"):
-        written(path.with_name(f"{path.name}.gz"), gzip.compress(path.read_bytes()))
-        path.unlink()
-    assert read_retrieval(str(tmp_path)) == expected
-
-
-BAD_BEIR = {
-    "half a character": ({"corpus": CORPUS + '{"_id": "d3", "text": "\\ud800"}\n'}, "corpus.jsonl", "line 3: "),
-    "cp1252": ({"corpus": CORPUS.encode("cp1252")}, "corpus.jsonl", "byte 0xe9 in line 2"),
-    "UTF-16": ({"corpus": CORPUS.encode("utf-16")}, "corpus.jsonl", "UTF-16"),
-    "UTF-16 qrels": ({"qrels": "q1\td1\t1\n".encode("utf-16")}, "test.tsv", "UTF-16"),
-    "NUL": ({"qrels": "q1\td1\t1\nq2\td2\0\t1\n"}, "test.tsv", "line 2 contains a NUL byte"),
-    "id twice": (
-        {"corpus": CORPUS + '\n{"_id": "d1", "text": "three"}\n'},
-        "corpus: two rows have",
-        "the same _id 'd1' but different texts",
-    ),
-    "query twice": (
-        {"queries": '{"_id": 1, "text": "a"}\n{"_id": "1", "text": "b"}\n'},
-        "queries: two rows have",
-        "the same _id '1'",
-    ),
-    "no id": ({"corpus": CORPUS + '{"_id": null, "text": "x"}\n'}, "corpus.jsonl, line 3", "_id and text"),
-    "four cells": ({"qrels": "q1\td1\t1\t5\nq2\td2\t1\t5\n"}, "test.tsv, line 1", "separated by tabs"),
-    "three cells of trec": ({"qrels": "q1\t0\td1\t1\nq2\td2\t1\n"}, "test.tsv, line 2", "separated by tabs"),
-    "blanks": ({"qrels": "q1 d1 1\nq2 d2 1\n"}, "test.tsv, line 1", "separated by tabs"),
-    "half a grade": ({"qrels": "q1\td1\t1\nq2\td2\t0.5\n"}, "test.tsv, line 2", "a whole number"),
-    "two grades": ({"qrels": "q1\td1\t1\nq2\td2\t1\nq1\td1\t2\n"}, "test.tsv, line 3", "judged twice, with different grades"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_BEIR)
-def test_beir_is_refused(case, tmp_path):
-    parts, where, what = BAD_BEIR[case]
-    message = error_of(read_retrieval, beir(tmp_path, **parts))
-    assert where in message and what in message
-
-
-# ---- YAML ----
-
-
-def test_duplicate_keys_are_refused(tmp_path):
-    written(tmp_path / "a.csv", "anchor,positive\na,b\nc,d\n")
-    path = written(tmp_path / "s.yaml", "- name: a\n  file: a.csv\n  weight: 2\n  weight: 3\n")
-    assert error_of(read_sources, path) == f"{path}, line 4: the key 'weight' occurs twice; keep one of them"
-    path = written(tmp_path / "t.yaml", "- name: a\n  file: a.csv\n  columns: {query: anchor, positive: positive, query: x}\n")
-    assert "line 3: the key 'query' occurs twice" in error_of(read_sources, path)
-    path = written(tmp_path / "c.yaml", "train_file: a.csv\nquoting: false\ntrain_file: b.csv\n")
-    message = error_of(cli.parse, [DataArguments], argv=["--config", path])
-    assert message == f"--config {path}, line 3: the key 'train_file' occurs twice; keep one of them"
-    shared = "- &a\n  name: a\n  file: a.csv\n  weight: 2\n- <<: *a\n  name: b\n  weight: 3\n"
-    first, second = read_sources(written(tmp_path / "m.yaml", shared))  # merged keys may be overridden
-    assert (first.weight, second.weight, second.name) == (2, 3, "b")
-
-
-MISTYPED = [
-    ("streaming: 'no'", "streaming is 'no'; give true or false"),
-    ("streaming: 1", "streaming is 1; give true or false"),
-    ("streaming:", "streaming is None; give true or false"),
-    ("quoting: 'false'", "quoting is 'false'; give true or false"),
-    ("weight: true", "the weight is True"),
-    ("weight: '2'", "the weight is 2; it must be a number"),
-    ("max_length: 12.5", "max_length is 12.5"),
-    ("max_length: true", "max_length is True"),
-    ("negatives: '1'", "negatives is '1'"),
-    ("query_prompt: 5", "query_prompt is 5; it must be a text"),
-    ("document_prompt: [a]", "document_prompt is ['a']"),
-    ("columns: [anchor, positive]", "columns is ['anchor', 'positive']; give a mapping"),
-    ("columns: {query: 1, positive: positive}", "columns: query is 1; give the name of a column"),
-    ("columns: {query: , positive: positive}", "columns: query is None"),
-    ("ignore_columns: 3", "ignore_columns is 3; give a name, or a list of names"),
-    ("ignore_columns: [1]", "ignore_columns is [1]"),
-    ("streaming: true\n  rows: many", "rows is 'many'"),
-    ("streaming: true\n  rows: 1e6", "rows is '1e6'"),
-]
-
-
-@pytest.mark.parametrize(("line", "expected"), MISTYPED)
-def test_mistyped_values_of_a_source(line, expected, tmp_path):
-    written(tmp_path / "a.csv", "anchor,positive\na,b\nc,d\n")
-    message = error_of(read_sources, written(tmp_path / "s.yaml", f"- name: a\n  file: a.csv\n  {line}\n"))
-    assert "source 'a'" in message and expected in message
-
-
-@pytest.mark.parametrize(
-    ("content", "expected"),
-    [
-        ("- name: 7\n  file: a.csv", "source 1 has the name 7; give it a text as its name"),
-        ("- name: a\n  file: [a.csv, 3]", "file is ['a.csv', 3]"),
-        ("- name: a\n  file: {a: b}", "file is {'a': 'b'}"),
-        (
-            "- name: a\n  file: a-*.csv",
-            "a-*.csv: no file matches this pattern; check the path",
-        ),  # BUG: "patterns are not supported"
-        # BUG: its rows were read twice.
-        ("- name: a\n  file: ['*.yaml', s.yaml]", "s.yaml: file: names it twice, so its rows would count twice; name it once"),
-        ("- name: a\n  dataset: 3", "dataset is 3; give a name"),
-        ("- name: a\n  dataset: x/y\n  config: 1.0", "config is 1.0; give a name"),
-        ("- name: a\n  dataset: x/y\n  split: [train]", "split is ['train']; give a name"),
-        ("- name: a\n  dataset: x/y\n  quoting: false", "quoting applies only to csv files"),
-    ],
-)
-def test_mistyped_files_and_datasets(content, expected, tmp_path):
-    assert expected in error_of(read_sources, written(tmp_path / "s.yaml", content))
-
-
-def test_paths_of_a_source_begin_at_the_file_or_at_home(tmp_path, monkeypatch):
-    """BUG: "~" was a folder beside the file."""
-    monkeypatch.setenv("HOME", str(tmp_path))
-    for folder in (tmp_path, tmp_path / "lists"):
-        written(folder / "a[1].csv", f"anchor,positive\na,{folder.name}\nc,d\n")
-    names = ["a[1].csv", "~/a[1].csv", "../a*.csv"]
-    sources = read_sources(listed(tmp_path / "lists", *({"name": name, "file": name} for name in names)))
-    assert [source.rows["positive"][0] for source in sources] == ["lists", tmp_path.name, tmp_path.name]
 
 
 # ---- numbers where texts belong, in mining ----
