@@ -141,8 +141,8 @@ class Packing(NamedTuple):
 def groups_to_pool(lengths: list[int]) -> list[tuple[int, int]]:
     """Return (number of texts, longest length) of the groups of consecutive texts that are padded together for the pooling.
 
-    All texts are one group, unless few of them are long, as in the second example. A group then ends before a text of less than
-    half its length, because a single long text would multiply the memory of a large chunk of short ones.
+    All texts are one group, unless few of them are long, as in the second example. A group then ends before a text that has
+    less than half the tokens of its longest text, because one long text would multiply the memory of a chunk of short ones.
 
     >>> groups_to_pool([4, 3, 1])
     [(3, 4)]

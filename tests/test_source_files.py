@@ -63,7 +63,10 @@ def test_mistyped_values_of_a_source(line, expected, tmp_path):
             "a-*.csv: no file matches this pattern; check the path",
         ),  # BUG: "patterns are not supported"
         # BUG: its rows were read twice.
-        ("- name: a\n  file: ['*.yaml', s.yaml]", "s.yaml: file: names it twice, so its rows would count twice; name it once"),
+        (
+            "- name: a\n  file: ['*.yaml', s.yaml]",
+            "s.yaml: this file is named twice under file:, so its rows would count twice; name it once",
+        ),
         ("- name: a\n  dataset: 3", "dataset is 3; give a name"),
         ("- name: a\n  dataset: x/y\n  config: 1.0", "config is 1.0; give a name"),
         ("- name: a\n  dataset: x/y\n  split: [train]", "split is ['train']; give a name"),

@@ -165,5 +165,5 @@ def expand(files: str | list[str], folder: Path) -> list[str]:
             raise InputError(f"{full}: no file matches this pattern; check the path")
         found += matching
     if twice := [file for file, count in Counter(found).items() if count > 1]:
-        raise InputError(f"{twice[0]}: file: names it twice, so its rows would count twice; name it once")
+        raise InputError(f"{twice[0]}: this file is named twice under file:, so its rows would count twice; name it once")
     return found
