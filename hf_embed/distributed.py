@@ -17,6 +17,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 
 from hf_embed.errors import InputError
@@ -33,6 +34,11 @@ def get_rank() -> int:
 def is_main_process() -> bool:
     """Return whether this is the main process, also before a launcher's processes have formed a process group."""
     return get_rank() == 0 and os.environ.get("RANK", "0") == "0"
+
+
+def on_cpu() -> bool:
+    """Return whether the work is done on the CPU: there is no CUDA GPU, or the launcher sets `use_cpu`."""
+    return not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
 
 
 def warn_on_main_only() -> None:

@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from hf_embed.adapters import copy_of
+from hf_embed.distributed import on_cpu
 from hf_embed.errors import InputError, utf8
 from hf_embed.ranges import COUNT, is_one_of
 from hf_embed.read_files import first_line
@@ -341,7 +342,7 @@ def check_output(encoder: "Encoder", truncate_dim: int | None, normalize: bool |
 def on_devices(encoder: "Encoder", device: str | torch.device | Sequence[str | torch.device] | None) -> "list[Encoder]":
     """Return the encoder moved to one device, or one encoder per device of a list; see `Encoder.encode`."""
     if device is None:
-        if encoder.device.type == "cpu" and torch.cuda.is_available():
+        if encoder.device.type == "cpu" and not on_cpu():
             say_that_a_gpu_is_idle()
         return [encoder]
     if isinstance(device, str | int | torch.device):

@@ -52,7 +52,7 @@ from torch.nn import functional as F
 from hf_embed.data.labeled import as_pairs, pair_columns
 from hf_embed.data.python_rows import RowData, as_rows, refuse_paths
 from hf_embed.data.sources import FILL_IN, texts_of
-from hf_embed.distributed import get_rank, get_world_size
+from hf_embed.distributed import get_rank, get_world_size, on_cpu
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.evaluation.rows import as_list
@@ -357,7 +357,7 @@ def searcher(document_vectors: list[Path], use_faiss: bool) -> Callable[[Tensor,
         for shard in shards:
             index.add(shard.numpy())
         return lambda queries, k: index.search(queries.numpy(), min(k, index.ntotal))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cpu" if on_cpu() else "cuda"
     return lambda queries, k: exact_search(queries.to(device), read_shards(document_vectors, device), k)
 
 

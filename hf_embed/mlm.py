@@ -4,7 +4,7 @@ It is described in appendix A of SimCSE (https://arxiv.org/abs/2104.08821), with
 BERT (Devlin et al., 2019). `hf_embed.step` computes the loss, and the trainer adds it. It is the mean over the masked tokens of
 all ranks, where the released code of SimCSE takes the mean on each rank.
 
-Shapes: S tokens of a flat batch; a chunk has b texts of T tokens; D numbers per hidden state.
+Shapes: S tokens of a flat batch; D numbers per hidden state.
 """
 
 import torch
@@ -18,7 +18,7 @@ from hf_embed.packing import copy_to
 
 
 def split_masked_lm(model: PreTrainedModel | Encoder | None) -> tuple[PreTrainedModel, nn.Module]:
-    """Return the backbone of an `AutoModelForMaskedLM` and its head: hidden states (b, T, D) to logits (b, T, words).
+    """Return the backbone of an `AutoModelForMaskedLM` and its head: hidden states (M, D) of M tokens to logits (M, words).
 
     Raises:
         InputError: if the model has no such head, or has PEFT adapters, because the auxiliary loss trains the whole model.

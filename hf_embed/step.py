@@ -53,7 +53,7 @@ class TrainingStep(nn.Module):
         encoder: the model that is trained and saved.
         train_head: maps pooled vectors (b, width) -> (b, width). It runs after the pooling, before the dense layers, and in
             training mode only.
-        mlm_head: maps hidden states (b, T, width) to logits (b, T, vocabulary).
+        mlm_head: maps hidden states (M, width) of masked tokens to logits (M, vocabulary).
         temperature: the initial value of a learned temperature. None: the temperature is not learned.
     """
 
@@ -141,9 +141,11 @@ class TrainingStep(nn.Module):
         ids = masked_ids[places].masked_fill(mask == 0, self.encoder.tokenizer.pad_token_id)
         with precision(self.encoder.base):
             states = self.encoder.backbone(input_ids=ids, attention_mask=mask)[0]
-        logits = self.mlm_head(states)
-        wanted = labels[places].masked_fill(mask == 0, -100)
-        return F.cross_entropy(logits.transpose(1, 2), wanted, reduction="none").sum(1, keepdim=True)
+        labels = labels[places]
+        chosen = (labels != -100) & (mask == 1)
+        logits = self.mlm_head(states[chosen])  # only of masked tokens: a vocabulary has many more words than a state numbers
+        losses = F.cross_entropy(logits, labels[chosen], reduction="none")
+        return losses.new_zeros(chosen.shape).masked_scatter(chosen, losses).sum(1, keepdim=True)
 
     # Attributes that users, Trainer, accelerate and FSDP expect of a model. Some are left out on purpose, because these
     # libraries act differently if a model has them: `get_input_embeddings` (FSDP wraps them), `num_parameters` (total_flos).

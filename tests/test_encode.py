@@ -566,6 +566,11 @@ def test_a_gpu_that_is_not_used_is_named_once(monkeypatch, caplog):
         monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
         encoder.encode(TEXTS, device=device)
         assert caplog.text.count("the model is on the CPU, although there is a GPU; move it there with") == said
+    encoding.say_that_a_gpu_is_idle.cache_clear()
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # the launcher was told to use the CPU
+    caplog.clear()
+    encoder.encode(TEXTS)
+    assert not caplog.text
 
 
 def test_one_device_is_where_the_model_goes():

@@ -13,8 +13,9 @@ from transformers.masking_utils import sdpa_mask
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, SimCSE, packed_attention
 from hf_embed.chunking import default_chunk_tokens
 from hf_embed.errors import InputError
-from hf_embed.kit.inference import process_state
+from hf_embed.kit.inference import EncodingArguments, load_for_encoding, process_state
 from hf_embed.library_internals import attention_backend
+from hf_embed.mining import searcher
 from hf_embed.packed_attention import FLASH_TOKENS, PADDED, CannotPack, attend_by_text, attend_on_gpu, gpu_kernel
 from hf_embed.packing import from_zero
 
@@ -352,6 +353,15 @@ def test_the_launcher_chooses_the_cpu_for_recipes_that_do_not_train(launched, on
     if launched is not None:
         monkeypatch.setenv("ACCELERATE_USE_CPU", launched)
     assert process_state() is on_cpu
+
+
+def test_encoding_and_mining_heed_the_launcher(tmp_path, monkeypatch):
+    """BUG: the search for hard negatives asked for a GPU, and so did a recipe that encodes in one process."""
+    Encoder(tiny_model(), small_tokenizer()).save_pretrained(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    scores, _ = searcher([], use_faiss=False)(torch.ones(1, 2), 5)
+    assert scores.device.type == load_for_encoding(str(tmp_path), EncodingArguments()).device.type == "cpu"
 
 
 @pytest.mark.parametrize("settings", [{}, {"nan_steps": "skip"}])

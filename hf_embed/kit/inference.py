@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 from datasets import Column
 
 from hf_embed.data.sources import read_file, text_column
+from hf_embed.distributed import on_cpu
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.kit.plan import TRUST
@@ -50,7 +50,7 @@ class FastEncodingArguments(EncodingArguments):
 
 def process_state() -> PartialState:
     """Return accelerate's state of this process: on its GPU, or on the CPU without a GPU or if the launcher sets `use_cpu`."""
-    return PartialState(cpu=not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"))
+    return PartialState(cpu=on_cpu())
 
 
 def load_for_encoding(name_or_path: str, flags: EncodingArguments, device: torch.device | str | None = None) -> Encoder:
@@ -60,7 +60,7 @@ def load_for_encoding(name_or_path: str, flags: EncodingArguments, device: torch
         name_or_path: the name or the folder of the model.
         flags: the flags of the recipe.
         device: the device of this process, for a recipe that shares its work among several processes. Default, for a recipe
-            that runs in one process: the GPU, or the CPU if there is no GPU.
+            that runs in one process: the GPU, or the CPU without a GPU or if the launcher sets `use_cpu`.
 
     Raises:
         InputError: if the model cannot be loaded, or if several processes were started for a recipe that runs in one. (Each of
@@ -74,7 +74,7 @@ def load_for_encoding(name_or_path: str, flags: EncodingArguments, device: torch
         options |= {"dtype": torch.bfloat16} if flags.bf16 else {}
         options |= {"attn_implementation": flags.attn_implementation} if flags.attn_implementation else {}
     encoder = Encoder.from_pretrained(name_or_path, flags.pooling, flags.max_length, **options)
-    return encoder.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return encoder.to(device or ("cpu" if on_cpu() else "cuda"))
 
 
 def read_column(path: str, column: str | None = None) -> tuple[str, Column]:
