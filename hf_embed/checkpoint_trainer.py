@@ -27,7 +27,6 @@ from hf_embed.distributed import gather_objects, on_main
 from hf_embed.errors import InputError, in_short
 from hf_embed.hub_trainer import HubTrainer
 from hf_embed.library_internals import (
-    first_step,
     in_mixed_precision,
     run_folder,
     save_optimization,
@@ -40,6 +39,7 @@ from hf_embed.objectives import Objective
 from hf_embed.progress import hidden_bars, hidden_messages
 from hf_embed.read_files import read_json
 from hf_embed.step import TrainingStep
+from hf_embed.watch import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -56,9 +56,10 @@ class CheckpointTrainer(HubTrainer):
     """The part of `ContrastiveTrainer` that writes checkpoints and resumes from them."""
 
     args: ContrastiveTrainingArguments
-    step: TrainingStep  # this and the next four are set by the classes that derive from this one
+    step: TrainingStep  # this and the next five are set by the classes that derive from this one
     main_objective: Objective
     teacher_identity: str
+    watch: Watch
     optimizer_of: dict[str, Any] | None
     check_unchanged: Callable[[], None]
     facts: resume.Facts  # the description of this run; set when the training begins
@@ -315,7 +316,7 @@ class CheckpointTrainer(HubTrainer):
     def _evaluate(self, trial: Any, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False) -> dict[str, float]:
         """Evaluate as `Trainer` does, but not at the start of a resumed run: early stopping would count it as one more."""
         at_start = skip_scheduler  # Trainer sets it only there
-        return {} if at_start and first_step(self) else super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        return {} if at_start and self.watch.first_step else super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
 
     def _run_epoch(self, *args: Any, **named: Any) -> None:
         """Train one epoch, or nothing if the resumed run is already finished."""

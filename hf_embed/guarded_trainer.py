@@ -31,10 +31,10 @@ from hf_embed.evaluation.tasks import Task, logged_by, main_metric
 from hf_embed.library_internals import (
     accelerate_state,
     clear_accelerator_state,
-    first_step,
     made_schedule,
     run_folder,
     set_accelerate_state,
+    total_loss,
 )
 from hf_embed.packing import copy_to
 from hf_embed.ranks import PeerWatch, peers_in_one_line, writing_alone
@@ -44,7 +44,6 @@ from hf_embed.trainer_inputs import check_schedule_of, refuse_uncalled
 from hf_embed.trainer_rows import own_tasks
 from hf_embed.trainer_settings import check_batch, check_reader, check_settings
 from hf_embed.training_record import ends_training
-from hf_embed.watch import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +58,6 @@ class GuardedTrainer(CheckpointTrainer):
 
     args: ContrastiveTrainingArguments
     encoder: Encoder
-    watch: Watch
     eval_dataset: dict[str, Task] | None
     saves_later = False  # whether the checkpoint of a step waits for the end of the epoch
     fast_dropout = True  # False: train with the dropout of PyTorch, whose masks are other ones
@@ -259,24 +257,26 @@ class GuardedTrainer(CheckpointTrainer):
         return batches, items
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> TrainOutput:
-        """Finish the training. The rows per second are those that were trained on, because a batch may not be full."""
-        steps = self.state.global_step - first_step(self)
-        whole_run = self.rows_trained * self.state.max_steps / max(steps, 1)  # Trainer multiplies it by steps / max_steps
-        trained = super()._finalize_training(trial, round(whole_run), start_time)
-        return trained._replace(training_loss=trained.metrics.get("train_loss", trained.training_loss))  # see `log`
+        """Finish the training, and return the loss that was logged."""
+        trained = super()._finalize_training(trial, num_train_samples, start_time)
+        return trained._replace(training_loss=trained.metrics.get("train_loss", trained.training_loss))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as `Trainer` does, but let losses be means of the finite ones. Every rank must call this.
 
-        For a resumed training, the last entry also says from which step its time and loss count.
+        The last entry counts the steps of this call only, and the rows that they had, because a batch may not be full. For a
+        resumed training, it also says from which step it counts.
         """
         if "loss" in logs:
             logs["loss"] *= self.losses.factor(self.accelerator)
         if ends_training(logs):
-            losses = gather_objects(logs["train_loss"])  # since the last log, Trainer has added up this rank's losses only
-            logs["train_loss"] = self.losses.factor(self.accelerator, of_all=True) * sum(losses) / len(losses)
-            if step := first_step(self):
-                logs["resumed_at_step"] = step
+            steps, seconds = self.state.global_step - self.watch.first_step, max(logs["train_runtime"], 1e-4)
+            losses = gather_objects(total_loss(self))  # since the last log, Trainer has added up this rank's losses only
+            logs["train_loss"] = self.losses.factor(self.accelerator, of_all=True) * sum(losses) / len(losses) / max(steps, 1)
+            logs["train_samples_per_second"] = round(self.rows_trained / seconds, 3)
+            logs["train_steps_per_second"] = round(steps / seconds, 3)
+            if self.watch.first_step:
+                logs["resumed_at_step"] = self.watch.first_step
         super().log(logs, start_time)
 
     def _prepare_input(self, data: Any) -> Any:

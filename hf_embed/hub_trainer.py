@@ -27,7 +27,8 @@ class HubTrainer(Trainer):
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Create the repository before the first step, so that a name or token that the Hub refuses is known early."""
-        hub.init_repository(partial(super().init_hf_repo, token, private), self.args)
+        wanted = {} if private is None else {"private": private}  # transformers has this parameter since version 5.23
+        hub.init_repository(partial(super().init_hf_repo, token, **wanted), self.args)
 
     def push_to_hub(  # type: ignore[override]  # it takes nothing for Trainer's own card, and returns the commit's address
         self,

@@ -37,6 +37,11 @@ NOT_CALLED = {
 }
 
 
+# What transformers calls the recomputation of layers in the backward pass. It had the second name before version 5.23.
+NAMES = ("activation_checkpointing", "gradient_checkpointing")
+CHECKPOINTING = next(name for name in NAMES if hasattr(TrainingArguments, name))
+
+
 # ---- transformers: configs and models ----
 
 
@@ -115,9 +120,9 @@ def train_batch_size(trainer: "Trainer") -> int:
     return trainer._train_batch_size
 
 
-def first_step(trainer: "Trainer") -> int:
-    """Return the step from which the last training was resumed, or 0 if it was not resumed."""
-    return trainer._initial_global_step
+def total_loss(trainer: "Trainer") -> float:
+    """Return the sum of the losses of all steps of the last training."""
+    return trainer._total_loss_scalar
 
 
 def run_folder(trainer: "Trainer", trial: Any) -> str:

@@ -30,7 +30,7 @@ from hf_embed.checkpoint.verify import verify_loadable
 from hf_embed.chunking import default_chunk_tokens, encode_in_chunks
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
-from hf_embed.library_internals import layers_to_wrap
+from hf_embed.library_internals import CHECKPOINTING, layers_to_wrap
 from hf_embed.mlm import check_mask_token, split_masked_lm
 from hf_embed.objectives.base import Objective
 from hf_embed.packing import Packing, precision
@@ -177,9 +177,11 @@ class TrainingStep(nn.Module):
     def activation_checkpointing_enable(self, **kwargs: Any) -> None:
         """Turn on activation checkpointing, which recomputes each layer in the backward pass (--activation_checkpointing)."""
         try:
-            self.encoder.backbone.activation_checkpointing_enable(**kwargs)
+            getattr(self.encoder.backbone, f"{CHECKPOINTING}_enable")(**kwargs)
         except ValueError as error:
             raise InputError(f"{str(error).rstrip('.')}; use gradient_caching, which works for every model") from error
+
+    gradient_checkpointing_enable = activation_checkpointing_enable  # its name before transformers 5.23
 
 
 def make_step(

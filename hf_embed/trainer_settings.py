@@ -24,7 +24,7 @@ from hf_embed.errors import InputError
 from hf_embed.evaluation.held_out import HeldOut
 from hf_embed.evaluation.sts import STS
 from hf_embed.evaluation.tasks import Task, main_metric, metric_names
-from hf_embed.library_internals import use_one_gpu
+from hf_embed.library_internals import CHECKPOINTING, use_one_gpu
 from hf_embed.ranges import COUNT, POSITIVE, SEED, Range, check_ranges, out_of_range
 
 logger = logging.getLogger(__name__)
@@ -166,8 +166,8 @@ def check_after(args: TrainingArguments) -> None:
         raise InputError("save_strategy is best, but eval_strategy is no, so nothing would be saved; set eval_strategy")
     if not args.dataloader_in_order and args.world_size > 1:
         raise InputError("dataloader_in_order is False, so processes could train on different batches in a step; remove it")
-    if args.activation_checkpointing_kwargs and not args.activation_checkpointing:
-        raise InputError("activation_checkpointing_kwargs is set, but activation_checkpointing is False; set it to True")
+    if getattr(args, f"{CHECKPOINTING}_kwargs") and not getattr(args, CHECKPOINTING):
+        raise InputError(f"{CHECKPOINTING}_kwargs is set, but {CHECKPOINTING} is False; set it to True")
     check_optimizer(args)
     check_schedule(args, args.max_steps if args.max_steps > 0 else None)
 

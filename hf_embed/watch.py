@@ -115,6 +115,7 @@ class Watch(TrainerCallback):
         self.norm: Tensor | float | None = None  # gradient norm of this step, the same on every rank; None: do not check it
         self.skipped = 0  # skipped steps since the last log
         self.skipped_in_a_row = 0
+        self.first_step = 0  # the step from which this training was resumed; 0 if it was not resumed
 
     def see(self, loss: Tensor, rows: Tensor, text_ids: Tensor) -> None:
         """Store the values that the next log needs: a loss, embeddings (B, V, D) and text hashes (B, V)."""
@@ -134,7 +135,8 @@ class Watch(TrainerCallback):
         return {key: round(value, 4) for key, value in batch_geometry(*self.last).items()} | skipped
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Clear the values of an earlier training, which may have ended because of a NaN or infinite value."""
+        """Keep the first step, and clear the values of an earlier training, which may have ended because of a NaN."""
+        self.first_step = state.global_step
         if not state.global_step and any(entry["step"] for entry in self.history):
             self.history = []
         self.last = self.finite = self.norm = None

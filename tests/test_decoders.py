@@ -39,6 +39,7 @@ from hf_embed.averaging import average_models
 from hf_embed.kit.finetune import make_trainer
 from hf_embed.kit.models import four_bits
 from hf_embed.kit.plan import QUICKSTART
+from hf_embed.library_internals import CHECKPOINTING
 
 SIZE = {"vocab_size": 700, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
         "intermediate_size": 64, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1,
@@ -194,11 +195,9 @@ def test_lora_is_trained_merged_and_loaded_by_every_loader(tmp_path, tokenizers,
 def test_checkpointing_and_caching_together_change_no_adapter(tmp_path, tokenizers, name):
     found = []
     for on in (False, True):
-        run = trainer(
-            tmp_path, adapted(name, lora_dropout=0.0), tokenizers[name], gradient_caching=on, activation_checkpointing=on
-        )
+        run = trainer(tmp_path, adapted(name, lora_dropout=0.0), tokenizers[name], gradient_caching=on, **{CHECKPOINTING: on})
         run.train()
-        assert run.encoder.base.is_activation_checkpointing is on
+        assert getattr(run.encoder.base, f"is_{CHECKPOINTING}") is on
         found.append({key: p.detach().clone() for key, p in run.encoder.named_parameters() if "lora_" in key})
     assert found[0] and all(torch.equal(found[0][key], found[1][key]) for key in found[0])
     assert all(tensor.abs().max() > 0 for key, tensor in found[0].items() if "lora_B" in key)  # control: they were trained
@@ -221,7 +220,8 @@ def test_the_preset_of_a_decoder_trains_as_it_says(tmp_path, tokenizers, recipe)
              "--chunk_tokens", 512]  # fmt: skip
     results = load_recipe(recipe).main([*QUIET, *map(str, words)])
     settings = {"pooling", "add_eos_token", "normalize", "prompts", "max_length", "lora_r", "gradient_caching",
-                "activation_checkpointing", "bf16"}  # fmt: skip
+                CHECKPOINTING, "bf16"}  # fmt: skip
+    stated[CHECKPOINTING] = stated.pop("activation_checkpointing")
     assert {key: results["train"]["settings"][key] for key in settings} == {key: stated[key] for key in settings}
     loaded, base = Encoder.from_pretrained(tmp_path / "out"), Encoder.from_pretrained(tmp_path / "base")
     assert loaded.prompts == {"query": stated["prompts"]["query"]} and loaded.pooling == "last" and loaded.normalize
@@ -281,7 +281,7 @@ def test_weights_in_4_bits_are_trained_and_saved_in_float32(tmp_path, base, bf16
     """The saved weights are the 4-bit weights in float32 plus the adapters, so all loaders give the trained model's vectors."""
     made = []
     monkeypatch.setattr(SUP, "make_trainer", lambda *args: made.append(make_trainer(*args)) or made[0])
-    four = ["--lora_r", 4, "--load_in_4bit", "--bf16", bf16, "--gradient_caching", "--activation_checkpointing"]
+    four = ["--lora_r", 4, "--load_in_4bit", "--bf16", bf16, "--gradient_caching", f"--{CHECKPOINTING}"]
     more = ["--normalize", True, "--save_steps", 2, "--eval_file", tmp_path / "rows.jsonl", "--eval_strategy", "steps"]
     results = sup_of(base, tmp_path, *four, *more)
     assert results["train"]["settings"]["load_in_4bit"] is True

@@ -88,7 +88,7 @@ def test_missing_packages(gpu, monkeypatch):
     monkeypatch.setattr(
         gpu.gpu_bench.importlib.metadata, "version", lambda name: "5.17.0" if name == "transformers" else version(name)
     )
-    assert gpu.gpu_bench.missing_packages() == ["transformers 5.17.0 is installed; hf_embed needs transformers>=5.23,<6"]
+    assert gpu.gpu_bench.missing_packages() == ["transformers 5.17.0 is installed; hf_embed needs transformers>=5.19,<6"]
 
 
 def test_the_kernels_of_attention_are_timed(gpu, monkeypatch):

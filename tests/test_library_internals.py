@@ -193,11 +193,11 @@ def test_set_base_rates(tmp_path):
             run.lr_scheduler.step()
 
 
-def test_first_step(tmp_path):
+def test_total_loss(tmp_path):
     trainer = plain_trainer(tmp_path)
-    trainer._initial_global_step = 7  # the name that Trainer.train sets
-    assert internals.first_step(trainer) == 7
-    assert "self._initial_global_step = self.state.global_step" in inspect.getsource(type(trainer)._inner_training_loop)
+    trainer._total_loss_scalar = 7.0  # the name that Trainer.train sets
+    assert internals.total_loss(trainer) == 7.0
+    assert "self._total_loss_scalar += self._tr_loss.item()" in inspect.getsource(type(trainer)._finalize_training)
 
 
 def test_made_schedule(tmp_path):

@@ -19,6 +19,7 @@ from hf_embed.activations import Activations
 from hf_embed.checkpoint import verify
 from hf_embed.errors import RankError
 from hf_embed.kit.cli import parse
+from hf_embed.library_internals import CHECKPOINTING
 
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
@@ -165,7 +166,7 @@ def test_values_that_are_not_supported_here_are_refused(tmp_path, value):
     assert wanted in error_of(trainer, tmp_path, gradient_caching=value)
 
 
-@pytest.mark.parametrize("name", ["activation_checkpointing", "gradient_checkpointing"])
+@pytest.mark.parametrize("name", sorted({CHECKPOINTING, "gradient_checkpointing"}))
 def test_reentrant_checkpoints_of_layers(tmp_path, name):
     settings = {name: True, f"{name}_kwargs": {"use_reentrant": True}}
     weights = []

@@ -7,6 +7,7 @@ from datasets import Dataset
 from hf_embed import ContrastiveTrainingArguments, Matryoshka, SimCSE
 from hf_embed.kit.plan import ModelArguments, Plan, PositiveArguments, RunArguments
 from hf_embed.kit.report import changed
+from hf_embed.library_internals import CHECKPOINTING
 from hf_embed.trainer_settings import IGNORED, REFUSED
 from hf_embed.training_record import RESULT_SETTINGS, settings_of
 
@@ -27,14 +28,17 @@ OTHER_SETTINGS = {
     "ddp_timeout", "use_cpu", "accelerator_config", "fsdp", "fsdp_config", "deepspeed", "local_rank", "chunk_tokens",
 }  # fmt: skip
 
+RENAMED = {"activation_checkpointing", "activation_checkpointing_kwargs"}  # in transformers 5.23
+
 
 def test_every_setting_is_known_to_matter_or_not():
     names = {field.name for kind in KINDS for field in dataclasses.fields(kind)}
     lists = (set(RESULT_SETTINGS), OTHER_SETTINGS, set(IGNORED), set(REFUSED))
     # A setting that is new in transformers must be added to OTHER_SETTINGS above, or to one of the other three lists.
     assert names - set().union(*lists) == set()
-    assert set().union(*lists) - names == set()
-    assert sum(map(len, lists)) == len(names)  # each name is in one list only
+    later = set() if CHECKPOINTING in RENAMED else RENAMED  # not yet in the installed transformers
+    assert set().union(*lists) - names == later
+    assert sum(map(len, lists)) == len(names | later)  # each name is in one list only
 
 
 def plan(rows, positive=None, **settings) -> Plan:

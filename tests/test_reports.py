@@ -23,6 +23,7 @@ from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, 
 from hf_embed.data.sources import read_file
 from hf_embed.data.tokenization import RowTokenizer
 from hf_embed.evaluation.sts import STS
+from hf_embed.library_internals import CHECKPOINTING
 from hf_embed.mining import MiningArguments, write_hard_negatives
 from hf_embed.trainer_inputs import as_tasks
 from hf_embed.trainer_rows import columns_of_texts
@@ -352,7 +353,7 @@ def test_checkpointed_layers_train_the_same_adapters(tmp_path):
         watch = Gradients()
         torch.manual_seed(0)
         model = get_peft_model(tiny_model(**NO_DROPOUT), LoraConfig(target_modules=["query", "value"], init_lora_weights=False))
-        trainer(tmp_path, model, callbacks=[watch], activation_checkpointing=checkpointing, max_grad_norm=0).train()
+        trainer(tmp_path, model, callbacks=[watch], max_grad_norm=0, **{CHECKPOINTING: checkpointing}).train()
         seen.append(watch.seen)
     assert len(seen[0]) == 12 and all(gradient.abs().max() > 0 for gradient in seen[0].values())
     assert all(torch.equal(seen[0][name], seen[1][name]) for name in seen[0])

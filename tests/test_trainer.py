@@ -15,6 +15,7 @@ from transformers import AutoModel, BertForMaskedLM, TrainerCallback, TrainingAr
 from worker import STS, WORDS
 
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, InputError, SimCSE
+from hf_embed.library_internals import CHECKPOINTING
 
 ROWS = [{"anchor": f"the {a}", "positive": f"a {a} by the {b}", "negative": f"no {b} " * (1 + i % 4)}
         for i, (a, b) in enumerate(zip(WORDS, WORDS[1:] + WORDS[:1]))]  # fmt: skip
@@ -344,7 +345,7 @@ def test_bf16_trains_float32_weights(tmp_path):
 def test_activation_checkpointing_changes_no_weight(tmp_path):
     weights = []
     for on in (False, True):
-        run = trainer(tmp_path, tiny_model(**NO_DROPOUT), activation_checkpointing=on)
+        run = trainer(tmp_path, tiny_model(**NO_DROPOUT), **{CHECKPOINTING: on})
         run.train()
         weights.append(run.encoder.backbone.embeddings.word_embeddings.weight.detach().clone())
     assert torch.equal(*weights)

@@ -29,6 +29,7 @@ from worker import WORDS
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, SimCSE
 from hf_embed.kit.plan import ModelArguments, Plan, RunArguments, without_evaluation
 from hf_embed.kit.report import changed
+from hf_embed.library_internals import CHECKPOINTING
 from hf_embed.trainer_settings import IGNORED, REFUSED, warn_of_ignored
 
 ROWS = [{"anchor": f"the {a}", "positive": f"a {a} by the {b}"} for a, b in zip(WORDS, WORDS[1:] + WORDS[:1])]  # 12 rows
@@ -193,8 +194,8 @@ HONOURED = {
     "gradient_accumulation_steps": (2, {}, substeps),
     "max_grad_norm": (1e-3, {}, norms),
     "bf16": (True, {}, lambda run: run.accelerator.mixed_precision),
-    "activation_checkpointing": (True, {}, checkpointed_layers),
-    "activation_checkpointing_kwargs": ({"every_n_layers": 2}, {"activation_checkpointing": True}, checkpointed_layers),
+    CHECKPOINTING: (True, {}, checkpointed_layers),
+    f"{CHECKPOINTING}_kwargs": ({"every_n_layers": 2}, {CHECKPOINTING: True}, checkpointed_layers),
     "torch_compile": (True, {}, lambda run: str(run.accelerator.state.dynamo_plugin.backend)),
     "torch_compile_backend": ("eager", {}, lambda run: str(run.accelerator.state.dynamo_plugin.backend)),
     "torch_compile_mode": ("max-autotune", {}, lambda run: str(run.accelerator.state.dynamo_plugin.mode)),
@@ -253,8 +254,6 @@ ELSEWHERE = {
     "full_determinism": "test_training_arguments.py::test_full_determinism",
     "enable_jit_checkpoint": "test_stop.py::test_jit_checkpoint_stops_the_same_way",
     "torch_empty_cache_steps": "test_training_arguments.py::test_cache_is_emptied",
-    "gradient_checkpointing": "test_training_arguments.py::test_deprecated_names",
-    "gradient_checkpointing_kwargs": "test_training_arguments.py::test_deprecated_names",
     "report_to": "test_training_arguments.py::test_report_to",
     "ignore_data_skip": "test_training_arguments.py::test_resuming_without_skipping",
     "restore_callback_states_from_checkpoint": "test_training_arguments.py::test_callbacks_are_restored",
@@ -272,6 +271,9 @@ ELSEWHERE = {
     "hub_private_repo": "test_training_arguments.py::test_hub_fields_reach_the_hub",
     "hub_revision": "test_training_arguments.py::test_hub_fields_reach_the_hub",
 }
+if CHECKPOINTING == "activation_checkpointing":  # otherwise, these are the only names
+    for deprecated in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
+        ELSEWHERE[deprecated] = "test_training_arguments.py::test_deprecated_names"
 
 
 def test_every_field_is_decided_on():
@@ -424,8 +426,8 @@ def test_loader_settings_of_accelerate_are_refused(tmp_path, setting, value):
         ({"fp16": True}, "it is not supported on a CPU"),
         ({"fsdp": True}, "fsdp is set, but there is a single process; start several with accelerate launch, or remove fsdp"),
         (
-            {"activation_checkpointing_kwargs": {"use_reentrant": False}},
-            "but activation_checkpointing is False; set it to True",
+            {f"{CHECKPOINTING}_kwargs": {"use_reentrant": False}},
+            f"but {CHECKPOINTING} is False; set it to True",
         ),
         ({"push_to_hub": True, "hub_model_id": "a/b/c"}, "'a/b/c' is not a valid name of a repository"),
         pytest.param({"tf32": True}, "requires Ampere", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU")),
@@ -501,10 +503,13 @@ def test_a_model_without_activation_checkpointing(tmp_path):
     """BUG: this was a ValueError."""
     model = tiny_model()
     model.supports_gradient_checkpointing = False
-    expected = "BertModel does not support activation checkpointing; use gradient_caching, which works for every model"
-    assert error_of(ours(tmp_path, model=model, activation_checkpointing=True).train) == expected
+    expected = (
+        f"BertModel does not support {CHECKPOINTING.replace('_', ' ')}; use gradient_caching, which works for every model"
+    )
+    assert error_of(ours(tmp_path, model=model, **{CHECKPOINTING: True}).train) == expected
 
 
+@pytest.mark.skipif(CHECKPOINTING == "gradient_checkpointing", reason="transformers before 5.23 has only this name")
 def test_deprecated_names(tmp_path):
     with pytest.warns(FutureWarning):
         run = ours(tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs={"every_n_layers": 2})

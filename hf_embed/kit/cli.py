@@ -31,7 +31,7 @@ from hf_embed.distributed import warn_on_main_only
 from hf_embed.entry import CONSOLE, CPU_CONFIG, recipes_folder, show_error
 from hf_embed.errors import InputError, RankError, masked
 from hf_embed.kit.help import help_text, sections, usage
-from hf_embed.library_internals import parser_actions, values_of_words
+from hf_embed.library_internals import CHECKPOINTING, parser_actions, values_of_words
 from hf_embed.ranges import REQUIRED, setting  # noqa: F401 (recipes import both from here)
 from hf_embed.ranks import PATIENCE, peers_in_one_line
 from hf_embed.stop import Stopped
@@ -323,6 +323,8 @@ def set_defaults(parser: Parser, path: str, source: str, given: list[str]) -> li
     settings, names = read_yaml(path, source) or {}, []
     if not isinstance(settings, dict):
         raise InputError(f"{source}: the file must hold lines of the form 'flag: value'")
+    if "activation_checkpointing" in settings:
+        settings[CHECKPOINTING] = settings.pop("activation_checkpointing")
     for key, value in settings.items():
         if str(key).replace("-", "_") == FROM_HAND:
             raise InputError(f"{source}: {FROM_HAND} allows a model's own code to run; give it on the command line")

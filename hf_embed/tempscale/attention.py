@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from hf_embed.errors import InputError
+from hf_embed.library_internals import CHECKPOINTING
 from hf_embed.read_files import COPY_ANEW
 from hf_embed.tempscale.config import TempScaleConfig
 from hf_embed.tempscale.registry import Attentions, attentions, is_cross
@@ -347,7 +348,7 @@ class Lengths:
             RuntimeError: under activation checkpointing. The layers would run again in the backward pass, when the stored
                 numbers may belong to another batch.
         """
-        if getattr(model, "is_activation_checkpointing", False) and model.training:
+        if getattr(model, f"is_{CHECKPOINTING}", False) and model.training:
             raise RuntimeError("TempScale with growth cannot be trained with activation checkpointing; use gradient_caching")
         if (bounds := kwargs.get("cu_seq_lens_q")) is not None:
             lengths = bounds.diff()
