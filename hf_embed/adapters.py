@@ -19,9 +19,8 @@ from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_embed.errors import InputError
+from hf_embed.errors import InputError, first_line
 from hf_embed.library_internals import forget_adapters
-from hf_embed.read_files import first_line
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -25,9 +25,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from hf_embed.adapters import copy_of
-from hf_embed.errors import InputError, utf8
+from hf_embed.errors import InputError, first_line, utf8
 from hf_embed.ranges import COUNT, is_one_of
-from hf_embed.read_files import first_line
 from hf_embed.vectors import SIMILARITIES, check_packable, check_precision
 
 if TYPE_CHECKING:

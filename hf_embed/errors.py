@@ -37,9 +37,26 @@ def masked(text: str, *addresses: str) -> str:
     return HUB_TOKEN.sub("***", ADDRESS.sub(r"\1\2", text))
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its type if the message is empty.
+
+    This suits most errors of libraries: the lines after the first are advice for other users.
+    """
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def in_short(error: BaseException) -> str:
-    """Return the message of an error in one line of at most 200 characters."""
+    """Return all lines of an error's message as one line of at most 200 characters.
+
+    This suits errors whose first line is only a heading, such as those of `load_state_dict`.
+    """
     return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def shortened(text: str) -> str:
+    """Return the beginning of a text that a message quotes: at most 60 characters, on one line."""
+    start = " ".join(text[:61].split())
+    return start if len(text) <= 60 else f"{start[:60]}..."
 
 
 def without_secrets(settings: Settings) -> Settings:

@@ -41,10 +41,10 @@ from hf_embed.checkpoint.tables import (
     training_rows,
 )
 from hf_embed.encoder import Encoder
-from hf_embed.errors import InputError
+from hf_embed.errors import InputError, first_line
 from hf_embed.objectives import OBJECTIVES
 from hf_embed.pooling import POOLINGS, Dense, find_pooling, saved_pooling
-from hf_embed.read_files import first_line, read_json, read_text
+from hf_embed.read_files import read_json, read_text
 from hf_embed.safe_files import SAVING, write_text
 from hf_embed.tempscale import TempScaleConfig
 from hf_embed.tempscale.fold import why_not_foldable

@@ -19,8 +19,8 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset, IterableDataset, Value
 
-from hf_embed.data.files import NEGATIVE, SEPARATOR_NAMES, other_separator, shortened
-from hf_embed.errors import InputError, errors_of
+from hf_embed.data.files import NEGATIVE, SEPARATOR_NAMES, other_separator
+from hf_embed.errors import InputError, errors_of, shortened
 from hf_embed.ranges import is_one_of
 
 logger = logging.getLogger(__name__)

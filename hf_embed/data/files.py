@@ -32,8 +32,8 @@ from datasets import Dataset, Features, IterableDataset, List, Value
 from datasets.arrow_writer import ArrowWriter
 
 from hf_embed.data.cache import check_cache, stored, versions
-from hf_embed.errors import InputError, masked
-from hf_embed.read_files import LFS_POINTER, NOT_FETCHED, first_line, is_packed, kind_of, other_kind, parse_json
+from hf_embed.errors import InputError, first_line, masked, shortened
+from hf_embed.read_files import LFS_POINTER, NOT_FETCHED, is_packed, kind_of, other_kind, parse_json
 from hf_embed.safe_files import hash_of
 
 logger = logging.getLogger(__name__)
@@ -180,12 +180,6 @@ def table_columns(path: str, table: Table) -> list[str]:
 def other_separator(header: str, own: str = "") -> str | None:
     """Return another separator that occurs in the name of a file's only column, or None."""
     return next((separator for separator in ";|\t," if separator != own and separator in header), None)
-
-
-def shortened(text: str) -> str:
-    """Return the beginning of a text, on one line."""
-    start = " ".join(text[:61].split())
-    return start if len(text) <= 60 else f"{start[:60]}..."
 
 
 def check_names(names: Sequence[str], where: str) -> None:

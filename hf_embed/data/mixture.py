@@ -35,12 +35,11 @@ from hf_embed.data.tokenization import (
     truncated_share,
     warn_of_truncation,
 )
-from hf_embed.errors import InputError, RankError, errors_of
+from hf_embed.errors import InputError, RankError, errors_of, first_line
 from hf_embed.library_internals import was_cut, was_split
 from hf_embed.objectives.base import Objective, as_objective
 from hf_embed.progress import hidden_bars, progress_bar, table_bars
 from hf_embed.ranges import COUNT, POSITIVE, Range, out_of_range
-from hf_embed.read_files import first_line
 
 if TYPE_CHECKING:
     from hf_embed.arguments import ContrastiveTrainingArguments

@@ -41,9 +41,9 @@ from hf_embed.data import files
 from hf_embed.data.cache import cached_map, checked_load
 from hf_embed.data.columns import FEW_VALUES, column_names, plain, text_columns
 from hf_embed.disk import DiskError
-from hf_embed.errors import EmptyTextError, InputError, masked
+from hf_embed.errors import EmptyTextError, InputError, first_line, masked, shortened
 from hf_embed.hub_access import check_dataset
-from hf_embed.read_files import check_file, first_line, kind_of
+from hf_embed.read_files import check_file, kind_of
 
 logger = logging.getLogger(__name__)
 
@@ -256,7 +256,7 @@ def cell_text(cell: object, where: str) -> str:
     """
     if not isinstance(cell, str | None):
         raise InputError(
-            f"{where}: the text is not a string ({files.shortened(repr(cell))}); convert it to a string or delete the row"
+            f"{where}: the text is not a string ({shortened(repr(cell))}); convert it to a string or delete the row"
         )
     if cell is None or not cell.strip():
         raise EmptyTextError(f"{where}: the text is {'missing' if cell is None else 'empty'}; {FILL_IN}")
@@ -277,7 +277,7 @@ def cell_texts(cell: object, where: str) -> list[str]:
     """Return the texts of a cell that holds one text, a list of texts, or null (no texts). Raise errors as `cell_text` does."""
     if isinstance(cell, str) and is_list(cell):
         raise InputError(
-            f"{where}: the text looks like a list, {files.shortened(cell)}; write the rows as jsonl or parquet, or put each "
+            f"{where}: the text looks like a list, {shortened(cell)}; write the rows as jsonl or parquet, or put each "
             "text into its own column, negative_1, negative_2 ..."
         )
     cells = [] if cell is None else cell if isinstance(cell, list | tuple) else [cell]
@@ -358,7 +358,7 @@ def check_first_texts(rows: Iterable[dict], columns: list[str], name: str) -> No
         cells = [row[column] for row in rows if isinstance(row[column], str)]
         if len(cells) > 1 and all(map(is_list, cells)):
             raise InputError(
-                f"{name}, column '{column}': every text looks like a list, {files.shortened(cells[0])}; write one text per row"
+                f"{name}, column '{column}': every text looks like a list, {shortened(cells[0])}; write one text per row"
             )
         if len(cells) > 1 and all(cell.strip().isdecimal() for cell in cells):
             logger.warning(
