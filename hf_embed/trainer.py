@@ -23,8 +23,7 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainerCallbac
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PredictionOutput
 
-from hf_embed import trainer_inputs as inputs
-from hf_embed import trainer_rows
+from hf_embed import trainer_inputs, trainer_rows
 from hf_embed.adapters import has_adapters, in_4_bits, without_weights
 from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.checkpoint.layout import strip_prefix
@@ -126,16 +125,17 @@ class ContrastiveTrainer(GuardedTrainer):
         compute_metrics: Callable[[EvalPrediction], Mapping[str, float]] | None = None,
         **unknown: Any,
     ):
-        inputs.refuse_unknown(unknown)
-        tasks = inputs.with_metrics(inputs.as_tasks(eval_dataset), compute_metrics)
-        args = inputs.as_arguments(args, tasks)
+        trainer_inputs.refuse_unknown(unknown)
+        tasks = trainer_inputs.with_metrics(trainer_inputs.as_tasks(eval_dataset), compute_metrics)
+        args = trainer_inputs.as_arguments(args, tasks)
         check_settings(args, tasks, self.other_metrics)
-        self.main_objective = inputs.checked_objective(objective)
-        optimizers = inputs.checked_optimizers(optimizers, args)
-        model = inputs.first_model(model, model_init, optimizers)
+        self.main_objective = trainer_inputs.checked_objective(objective)
+        optimizers = trainer_inputs.checked_optimizers(optimizers, args)
+        model = trainer_inputs.first_model(model, model_init, optimizers)
         self.tokenizer_of_models = processing_class
-        rows = inputs.as_train_data(train_dataset, train_name, args)
-        self.step = make_step(*inputs.as_model(model, processing_class, args), args, self.main_objective)
+        rows = trainer_inputs.as_train_data(train_dataset, train_name, args)
+        model, tokenizer = trainer_inputs.as_model(model, processing_class, args)
+        self.step = make_step(model, tokenizer, args, self.main_objective)
         self.encoder = self.step.encoder
         add_own_parameters(*optimizers, self.step)
         check_output(args, self.step, optimizers[0], trains=rows is not None)
@@ -178,8 +178,9 @@ class ContrastiveTrainer(GuardedTrainer):
 
     def call_model_init(self, trial: Any = None) -> TrainingStep:
         """Make the model anew, with the heads that the objective needs. Trainer calls this before each training."""
-        model = super().call_model_init(trial)
-        self.step = make_step(*inputs.as_model(model, self.tokenizer_of_models, self.args), self.args, self.main_objective)
+        given = super().call_model_init(trial)
+        model, tokenizer = trainer_inputs.as_model(given, self.tokenizer_of_models, self.args)
+        self.step = make_step(model, tokenizer, self.args, self.main_objective)
         trainer_rows.check_same_tokens(self.encoder, self.step.encoder)
         self.encoder, self.step.sharded = self.step.encoder, self.sharded
         return self.step
