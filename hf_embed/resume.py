@@ -32,7 +32,7 @@ from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.data.mixture import Mixture, Stream, data_seed
 from hf_embed.data.sampling import GlobalBatchSampler, SourceBatchSampler
 from hf_embed.dropout import dropout_rates
-from hf_embed.errors import InputError, shortened
+from hf_embed.errors import InputError
 from hf_embed.objectives import Objective
 from hf_embed.objectives.base import FunctionObjective
 from hf_embed.tempscale import applied_tempscale
@@ -429,5 +429,6 @@ def changes_of(then: Facts, now: Facts, names: Collection[str] | None = None, wa
 
 
 def shown(value: Any) -> str:
-    """Format a value for a message."""
-    return shortened("absent" if value is None else f"{value:,}" if isinstance(value, int) and value >= 10_000 else str(value))
+    """Format a value for a message, in at most 60 characters."""
+    text = "absent" if value is None else f"{value:,}" if isinstance(value, int) and value >= 10_000 else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -41,7 +41,8 @@ from hf_embed import (
     Triplets,
     ZeroShot,
 )
-from hf_embed.data.columns import DESCRIBED, LAYOUTS, text_columns
+from hf_embed.data.columns import text_columns
+from hf_embed.data.known_columns import ALIKE, DESCRIBED, LAYOUTS
 from hf_embed.data.tokenization import RowTokenizer, tokenize_table
 from hf_embed.evaluation import rows as rows_module
 from hf_embed.evaluation.judged import Judged
@@ -216,7 +217,7 @@ def test_triplet_files(tmp_path, ending, header):
     assert task == Triplets(*map(list, zip(*TRIPLETS)))
 
 
-@pytest.mark.parametrize("pair", [*LAYOUTS, *DESCRIBED])
+@pytest.mark.parametrize("pair", [*LAYOUTS, *DESCRIBED, *ALIKE])
 def test_rows_to_train_on_with_negatives_are_triplets(tmp_path, pair):
     """BUG: Evaluation sets accepted only some of the layouts that training accepts."""
     negative = "contradiction" if pair[1] == "entailment" else "negative"

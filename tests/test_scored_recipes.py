@@ -69,7 +69,7 @@ def test_named_columns(tmp_path, files):
     assert "the objective needs a score for each pair" in message
     files["stars"].write_text(files["stars"].read_text().replace("points", "stars"))
     message = error_of(run, SCORED, files, "stars", tmp_path / "other", "--columns", "anchor=a", "positive=b")
-    assert message.endswith("use scored-pairs or the objective CoSENT, with score=stars in --columns")
+    assert message.endswith("use scored-pairs or the objective CoSENT")
 
 
 def test_pairs_without_scores_are_refused(tmp_path, files):

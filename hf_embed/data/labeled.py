@@ -1,6 +1,6 @@
 """Conversion of labeled pairs, such as those of SNLI and QQP, to anchors, positives and hard negatives.
 
-    premise, hypothesis, label      also sentence1 and sentence2, question1 and question2, and similar names (`ALIKE`);
+    premise, hypothesis, label      also sentence1 and sentence2, question1 and question2, and similar names (`known_columns`);
                                     also labels, gold_label, is_duplicate, is_paraphrase in place of label
 
 Pairs with inference labels (entailment, neutral, contradiction) become triplets, as in SimCSE's NLI file
@@ -34,25 +34,13 @@ from typing import Any, NamedTuple
 from datasets import ClassLabel, Dataset, Features, IterableDataset, List, Value
 
 from hf_embed.data import files
-from hf_embed.data.columns import (
-    ALIKE,
-    DESCRIBED,
-    INFERENCE,
-    LAYOUTS,
-    NAMED_OTHERWISE,
-    SINGLE,
-    column_names,
-    negative_columns,
-    plain,
-    text_columns,
-)
+from hf_embed.data.columns import NAMED_OTHERWISE, column_names, negative_columns, text_columns
+from hf_embed.data.known_columns import ALIKE, DESCRIBED, INFERENCE, LABELS, LAYOUTS, SINGLE, by_plain_name, matching, plain
 from hf_embed.data.sources import DROP_ADVICE, row_texts, texts_of
 from hf_embed.errors import EmptyTextError, InputError
 
 logger = logging.getLogger(__name__)
 
-# Names of label columns, in the form that `plain` returns.
-LABELS = ("label", "labels", "goldlabel", "isduplicate", "duplicate", "isparaphrase", "paraphrase", "entailmentlabel")
 POSITIVE, NEGATIVE, NEUTRAL, NO_LABEL = "positive", "negative", "neutral", "without a label"
 EMPTY, TWICE = "with an empty text", "repeated"
 BATCH = 10_000  # rows read at a time
@@ -82,11 +70,9 @@ def labeled_layout(names: list[str], name: str) -> Layout | None:
     Raises:
         InputError: if there are two columns of labels.
     """
-    found = {plain(column): column for column in reversed(names)}
-    pairs = [pair for pair in [INFERENCE, *ALIKE] if found.keys() >= set(pair)]
-    others = [pair for pair in [*LAYOUTS, *DESCRIBED] if found.keys() >= set(pair) and pair not in ALIKE]
+    found, pairs = by_plain_name(names), matching([INFERENCE, *ALIKE], names)
     labels = [found[label] for label in LABELS if label in found]
-    if len(pairs) != 1 or others or not labels or negative_columns(names):
+    if len(pairs) != 1 or matching([*LAYOUTS, *DESCRIBED], names) or not labels or negative_columns(names):
         return None
     if len(labels) > 1:
         raise InputError(
@@ -94,7 +80,7 @@ def labeled_layout(names: list[str], name: str) -> Layout | None:
             "(or ignore_columns: in a sources file)"
         )
     first, second = pairs[0]
-    return Layout(found[first], found[second], labels[0])
+    return Layout(first, second, labels[0])
 
 
 def as_pairs(

@@ -11,7 +11,8 @@ Scores are read only for an objective that needs them (`Objective.needs`). Other
 import math
 from typing import Any
 
-from hf_embed.data.columns import NAMED_OTHERWISE, TEACHER, judging_columns, negative_columns, numbers_in, pair_of
+from hf_embed.data.columns import NAMED_OTHERWISE, judging_columns, negative_columns, pair_of
+from hf_embed.data.known_columns import is_teacher_score, numbers_in, plain
 from hf_embed.errors import InputError
 
 
@@ -27,8 +28,8 @@ def score_columns(names: list[str], name: str) -> list[str]:
     """
     if "score" in names or "scores" in names:
         return ["score" if "score" in names else "scores"]
-    if teacher := [column for column in names if TEACHER.fullmatch(column)]:
-        return sorted(teacher, key=lambda column: (not column.lower().startswith("pos"), numbers_in(column)))
+    if teacher := [column for column in names if is_teacher_score(column)]:
+        return sorted(teacher, key=lambda column: (not plain(column).startswith("pos"), numbers_in(column)))
     judging = judging_columns(names)
     if len(judging) == 1:
         return judging
@@ -47,7 +48,7 @@ def score_columns(names: list[str], name: str) -> list[str]:
 
 def has_scores(names: list[str]) -> bool:
     """Return whether a table has columns that are certainly scores: score, scores, or a teacher's scores."""
-    return any(column in ("score", "scores") or TEACHER.fullmatch(column) for column in names)
+    return any(column in ("score", "scores") or is_teacher_score(column) for column in names)
 
 
 def row_scores(cells: dict[str, Any], texts: int, where: str) -> list[float]:

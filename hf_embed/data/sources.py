@@ -39,7 +39,8 @@ from datasets import Dataset, DatasetDict, IterableDataset, Value
 
 from hf_embed.data import files
 from hf_embed.data.cache import cached_map, checked_load
-from hf_embed.data.columns import FEW_VALUES, column_names, plain, text_columns
+from hf_embed.data.columns import FEW_VALUES, column_names, text_columns
+from hf_embed.data.known_columns import plain
 from hf_embed.disk import DiskError
 from hf_embed.errors import EmptyTextError, InputError, first_line, masked, shortened
 from hf_embed.hub_access import check_dataset
