@@ -36,8 +36,8 @@ from datasets import ClassLabel, Dataset, Features, IterableDataset, List, Value
 from hf_embed.data import files
 from hf_embed.data.columns import NAMED_OTHERWISE, column_names, negative_columns, text_columns
 from hf_embed.data.known_columns import ALIKE, DESCRIBED, INFERENCE, LABELS, LAYOUTS, SINGLE, by_plain_name, matching, plain
-from hf_embed.data.sources import DROP_ADVICE, row_texts, texts_of
-from hf_embed.errors import EmptyTextError, InputError
+from hf_embed.data.sources import kept_rows, texts_of
+from hf_embed.errors import InputError
 
 logger = logging.getLogger(__name__)
 
@@ -308,14 +308,10 @@ def grouped(rows: Dataset, layout: Layout, meanings: Meanings, name: str, drop_e
             if meaning not in (POSITIVE, NEGATIVE):
                 groups.counts[meaning] += 1
                 continue
-            try:
-                pair = {layout.first: first, layout.second: second}
-                texts = row_texts(pair, list(pair), f"{name}, row {start * BATCH + place}")
-            except EmptyTextError as error:
-                if not drop_empty_rows:
-                    raise InputError(f"{error} ({DROP_ADVICE})") from error
-                groups.counts[EMPTY] += 1
-            else:
+            pair = {layout.first: first, layout.second: second}
+            kept = kept_rows(pair, list(pair), f"{name}, row {start * BATCH + place}", drop_empty_rows)
+            groups.counts[EMPTY] += not kept
+            for texts, _ in kept:
                 groups.add(texts[0], texts[1], meaning)
     return groups
 

@@ -300,7 +300,7 @@ def row_texts(row: dict, columns: list[str], where: str) -> list[str]:
     return texts
 
 
-def rows_of_texts(row: dict, columns: list[str], where: str) -> list[tuple[list[str], list[str]]]:
+def rows_by_positive(row: dict, columns: list[str], where: str) -> list[tuple[list[str], list[str]]]:
     """Return a pair (texts as in `row_texts`, other positives) for each positive of a row.
 
         {"query": "q", "pos": ["a", "b"], "neg": ["c"]} -> [(["q", "a", "c"], ["b"]), (["q", "b", "c"], ["a"])]
@@ -320,9 +320,9 @@ def rows_of_texts(row: dict, columns: list[str], where: str) -> list[tuple[list[
 
 
 def kept_rows(row: dict, columns: list[str], where: str, drop: bool) -> list[tuple[list[str], list[str]]]:
-    """Return what `rows_of_texts` returns, or nothing for a row with an empty text if such rows are dropped."""
+    """Return what `rows_by_positive` returns, or nothing for a row with an empty text if such rows are dropped."""
     try:
-        return rows_of_texts(row, columns, where)
+        return rows_by_positive(row, columns, where)
     except EmptyTextError as error:
         if not drop:
             raise InputError(f"{error} ({DROP_ADVICE})") from error
@@ -344,9 +344,9 @@ def plain_rows(rows: Dataset, columns: list[str], name: str) -> Iterator[dict]:
 
 
 def texts_of(rows: Dataset, columns: list[str], name: str) -> Iterator[list[str]]:
-    """Yield the texts of the rows of a table, as `rows_of_texts` returns them. Raise InputError if a text is empty or wrong."""
+    """Yield the texts of a table's rows, as `rows_by_positive` returns them. Raise InputError if a text is empty or wrong."""
     for number, row in enumerate(plain_rows(rows, columns, name), 1):
-        yield from (texts for texts, _ in rows_of_texts(row, columns, f"{name}, row {number}"))
+        yield from (texts for texts, _ in rows_by_positive(row, columns, f"{name}, row {number}"))
 
 
 def check_first_texts(rows: Iterable[dict], columns: list[str], name: str) -> None:
