@@ -38,7 +38,7 @@ from hf_embed.data.tokenization import (
 from hf_embed.errors import InputError, RankError, errors_of, first_line
 from hf_embed.library_internals import was_cut, was_split
 from hf_embed.objectives.base import Objective, as_objective
-from hf_embed.progress import hidden_bars, progress_bar, table_bars
+from hf_embed.progress import hidden_bars, progress_bar
 from hf_embed.ranges import COUNT, POSITIVE, Range, out_of_range
 
 if TYPE_CHECKING:
@@ -290,7 +290,8 @@ def make_mixture(
     check_sources(sources)
     tables, truncated = [], {}
     for source in progress_bar(sources, desc="Tokenizing sources", unit="source"):
-        table = tokenize_source(source, encoder, args, objective)
+        with hidden_bars():  # none for each of many sources
+            table = tokenize_source(source, encoder, args, objective)
         check_size(source, len(table), args)
         tables.append(table)
         truncated[source.name] = table.truncated_share if isinstance(table, Stream) else truncated_share(table)
@@ -298,20 +299,17 @@ def make_mixture(
     return Mixture(sources, tables, args.source_alpha)
 
 
-def what_to_read(objective: Objective, columns: list[str], teacher: str | None) -> tuple[bool, bool]:
-    """Return whether a table keeps the scores of its rows, and whether it keeps their texts for the teacher.
-
-    If the objective needs scores, they come from the columns of the table. If it has none and there is a teacher, they come
-    from the teacher.
-    """
-    scored = "scores" in objective.needs and (teacher is None or has_scores(columns))
-    return scored, any(need != "scores" or not scored for need in objective.needs)
-
-
-def source_tokenizer(source: Source, encoder: "Encoder", reading: tuple[bool, bool] = (False, False)) -> RowTokenizer:
+def source_tokenizer(source: Source, encoder: "Encoder", objective: Objective, teacher: str | None) -> RowTokenizer:
     """Return the tokenizer of a source's rows, with the maximum length and the prompts of the source if it sets them.
 
-    `reading` says whether tables keep the scores and the texts of their rows; see `what_to_read`.
+    If the objective needs scores, they are read from the columns of the rows. If there are none, or if the objective needs
+    vectors, the tokenized rows keep their texts for the teacher.
+
+    Args:
+        source: the source.
+        encoder: its tokenizer is used, and its maximum length and prompts are the defaults.
+        objective: the objective of sources that have none of their own.
+        teacher: the name of the teacher, if there is one.
 
     Raises:
         InputError: if a setting does not suit the model.
@@ -323,26 +321,39 @@ def source_tokenizer(source: Source, encoder: "Encoder", reading: tuple[bool, bo
         )
     own = {"query": source.query_prompt, "document": source.document_prompt}
     query, document = (encoder.prompts.get(key, "") if prompt is None else prompt for key, prompt in own.items())
+    needs = (source.own_objective or objective).needs
+    scored = "scores" in needs and (teacher is None or has_scores(column_names(source.rows)))
+    keeps_texts = any(need != "scores" or not scored for need in needs)
     with errors_of(source.label):
-        return RowTokenizer(encoder.tokenizer, max_length, query, document, *reading)
+        return RowTokenizer(encoder.tokenizer, max_length, query, document, scored, keeps_texts)
 
 
 def tokenize_source(
-    source: Source, encoder: "Encoder", args: "ContrastiveTrainingArguments", objective: Objective
+    source: Source,
+    encoder: "Encoder",
+    args: "ContrastiveTrainingArguments",
+    objective: Objective,
+    name: str | None = None,
+    paired: bool | None = None,
 ) -> "Dataset | Stream":
     """Tokenize the table of a source, or open its stream, with the settings of the source if it has some.
 
-    `objective` is the objective of sources that have none of their own.
+    Args:
+        source: the source.
+        encoder: the encoder whose tokenizer, maximum length and prompts are used.
+        args: the training arguments.
+        objective: the objective of sources that have none of their own.
+        name: the name of the rows in messages. Default: the label of the source.
+        paired: see `hf_embed.data.columns.text_columns`.
 
     Raises:
         InputError: if a setting does not suit the model or the rows, the columns are not recognized, or a text is empty.
     """
-    reading = what_to_read(source.own_objective or objective, column_names(source.rows), args.teacher)
-    tokenizer = source_tokenizer(source, encoder, reading)
-    rows = source_rows(source, tokenizer, source.label, None, args.drop_empty_rows)
+    name = name or source.label
+    tokenizer = source_tokenizer(source, encoder, objective, args.teacher)
+    rows = source_rows(source, tokenizer, name, paired, args.drop_empty_rows)
     if isinstance(rows, Dataset):
-        with hidden_bars(), table_bars():  # none for each of many sources
-            return tokenize_table(rows, tokenizer, source.label, None, args.drop_empty_rows, source.negatives)
+        return tokenize_table(rows, tokenizer, name, paired, args.drop_empty_rows, source.negatives)
     rank, ranks, seed = args.process_index, args.world_size, data_seed(args)
     return Stream(source, tokenizer, rank, ranks, seed, args.shuffle_buffer_size, args.drop_empty_rows)
 

@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import pyarrow.compute
 import torch
@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader
 from transformers.trainer_utils import seed_worker
 
 from hf_embed.data.collator import RaggedCollator
-from hf_embed.data.labeled import as_pairs
 from hf_embed.data.mixture import (
     Mixture,
     Source,
@@ -22,13 +21,11 @@ from hf_embed.data.mixture import (
     data_seed,
     has_several_positives,
     make_mixture,
-    what_to_read,
+    tokenize_source,
 )
 from hf_embed.data.sampling import GlobalBatchSampler, SourceBatchSampler, generator
 from hf_embed.data.tokenization import (
-    RowTokenizer,
     most_texts,
-    tokenize_table,
     truncated_share,
     warn_of_truncation,
 )
@@ -77,12 +74,8 @@ def tokenize_all(
             raise not_single(name)
         mixture = make_mixture(rows, encoder, args, objective)
         return mixture, mixture.views
-    prompts, reading = encoder.prompts, what_to_read(objective, rows.column_names, args.teacher)
-    query, document = prompts.get("query", ""), prompts.get("document", "")
-    tokenizer = RowTokenizer(encoder.tokenizer, encoder.max_length, query, document, *reading)
-    if not tokenizer.scored:
-        rows = as_pairs(rows, name, paired, args.drop_empty_rows)
-    tokens = tokenize_table(rows, tokenizer, name, paired, args.drop_empty_rows)
+    # A table is a source without settings of its own.
+    tokens = cast(Dataset, tokenize_source(Source(name, rows), encoder, args, objective, name, paired))
     texts = most_texts(tokens)
     if args.same_dropout_mask and texts > 1:
         raise not_single(name)
