@@ -15,8 +15,8 @@ from hf_embed.data.columns import text_columns
 from hf_embed.data.mixture import Mixture, Stream
 from hf_embed.data.python_rows import RowData
 from hf_embed.data.sources import texts_of
+from hf_embed.data.teacher_vectors import TeacherVectors
 from hf_embed.data.training_rows import TrainData, batch_sampler, check_objective, tokenize_all
-from hf_embed.data.vector_file import VectorFile
 from hf_embed.distributed import check_same
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
@@ -144,7 +144,7 @@ class TrainingRows(NamedTuple):
     tokens: Dataset | Mixture | None  # the tokenized rows; None: the trainer only evaluates
     views: list[int]  # the largest number of texts in a row
     objectives: list[Objective]
-    vectors: dict[str, VectorFile]  # a teacher's vectors; see `RaggedCollator`
+    vectors: dict[str, TeacherVectors]  # a teacher's vectors; see `RaggedCollator`
 
 
 def read_training_rows(

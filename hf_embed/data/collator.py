@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_embed.data.vector_file import VectorFile
+from hf_embed.data.teacher_vectors import TeacherVectors
 from hf_embed.distributed import gather_rows
 
 
@@ -48,7 +48,7 @@ class RaggedCollator:
         vectors: files of a teacher's vectors by argument name. The column `vectors` of a row holds the numbers of its texts.
     """
 
-    def __init__(self, views: list[int], once: bool = False, vectors: Mapping[str, VectorFile] | None = None):
+    def __init__(self, views: list[int], once: bool = False, vectors: Mapping[str, TeacherVectors] | None = None):
         self.views, self.once, self.vectors = views, once, vectors or {}
 
     def __call__(self, rows: list[dict]) -> dict[str, Any]:

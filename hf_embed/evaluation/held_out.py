@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from hf_embed.data.collator import RaggedCollator, to_rows, used_columns
 from hf_embed.data.python_rows import RowData
+from hf_embed.data.teacher_vectors import TeacherVectors
 from hf_embed.data.tokenization import most_texts
-from hf_embed.data.vector_file import VectorFile
 from hf_embed.distributed import gather_objects, get_rank, get_world_size
 from hf_embed.evaluation.tasks import Embed, EvaluationTask, Task
 from hf_embed.objectives.base import Objective
@@ -65,7 +65,7 @@ class HeldOutLoss(HeldOut):
     model: nn.Module
     chunk_tokens: int | None = None
     temperature: Tensor | None = None
-    vectors: Mapping[str, VectorFile] | None = None
+    vectors: Mapping[str, TeacherVectors] | None = None
 
     def score(self, embed: Embed) -> dict[str, float]:
         """Return the mean loss over all rows, the same on every rank.
