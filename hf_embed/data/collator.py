@@ -3,7 +3,7 @@
 The collator does not pad. Each chunk of the batch is padded later, when the whole batch is known.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -98,14 +98,17 @@ class RaggedCollator:
         return found
 
 
-def further_arguments(further: Mapping[str, Tensor], needs: Sequence[str]) -> dict[str, Tensor]:
+def further_arguments(
+    further: Mapping[str, Tensor], needs: Sequence[str], gather: Callable[[Tensor], Tensor] = gather_rows
+) -> dict[str, Tensor]:
     """Return the arguments that an objective needs, for the rows of all ranks.
 
     Args:
         further: the entry of this name in a batch.
         needs: `Objective.needs`. The hashes of other positives are always returned.
+        gather: maps the rows of this rank to those of all ranks.
     """
-    given = {name: gather_rows(further[name]) for name in ("other_ids", *needs) if name in further}
+    given = {name: gather(further[name]) for name in ("other_ids", *needs) if name in further}
     if "other_ids" in given:
         given["other_ids"] = used_columns(given["other_ids"])
     return given
