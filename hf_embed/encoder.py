@@ -25,9 +25,9 @@ from hf_embed.encoding import (
     Texts,
     Tokens,
     check_arguments,
-    check_output,
+    check_encode_options,
+    check_encoder_settings,
     check_prompt,
-    check_settings,
     check_sizes,
     embed_tokens,
     encode_by_length,
@@ -97,7 +97,7 @@ class Encoder(nn.Module):
     ):
         super().__init__()
         check_pooling(pooling)
-        check_settings(normalize, prompts, truncate_dim, similarity_fn_name)
+        check_encoder_settings(normalize, prompts, truncate_dim, similarity_fn_name)
         self.backbone = text_encoder(without_head(backbone))
         apply_stated(self.base)
         self.tokenizer = with_padding(tokenizer)
@@ -350,7 +350,7 @@ class Encoder(nn.Module):
         else:
             check_arguments(others, convert_to_tensor)
         check_sizes(batch_size, chunk_tokens)
-        check_output(self, truncate_dim, normalize, precision)
+        check_encode_options(self, truncate_dim, normalize, precision)
         before = self.prompt(prompt_name) if prompt is None else prompt
         check_prompt(before)
         if before:

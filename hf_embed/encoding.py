@@ -104,7 +104,7 @@ def check_sizes(batch_size: int, chunk_tokens: int | None) -> None:
             raise InputError(f"{name} is {size!r}; it must be {COUNT}")
 
 
-def check_settings(normalize: Any, prompts: Any, truncate_dim: Any, similarity_fn_name: Any) -> None:
+def check_encoder_settings(normalize: Any, prompts: Any, truncate_dim: Any, similarity_fn_name: Any) -> None:
     """Raise InputError for settings that no `Encoder` can have; the arguments are those of `Encoder`."""
     if normalize not in (True, False):
         raise InputError(f"normalize is {normalize!r}; it must be True or False")
@@ -309,7 +309,7 @@ def on_cpu_by_default() -> AbstractContextManager:
     return contextlib.nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
 
 
-def check_output(encoder: "Encoder", truncate_dim: int | None, normalize: bool | None, precision: str) -> None:
+def check_encode_options(encoder: "Encoder", truncate_dim: int | None, normalize: bool | None, precision: str) -> None:
     """Raise InputError for options that `Encoder.encode` cannot fulfill; the arguments are those of `encode`."""
     most, name = encoder.full_dimension, encoder.similarity_fn_name
     if normalize not in (None, True, False):

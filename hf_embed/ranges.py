@@ -54,7 +54,7 @@ class Range:
 
 
 COUNT = Range(least=1, whole=True)
-POSITIVE = Range(above=0)
+ABOVE_ZERO = Range(above=0)
 FINITE = Range()
 SEED = Range(least=0, most=2**32 - 1, whole=True)  # the seeds that NumPy accepts
 

@@ -26,7 +26,7 @@ from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.checkpoint.load import load_encoder
 from hf_embed.data.cache import cache_folder
 from hf_embed.data.teacher_vectors import TeacherVectors
-from hf_embed.distributed import check_same, gather_objects, get_rank
+from hf_embed.distributed import check_same_on_ranks, gather_objects, get_rank
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.objectives import Objective
@@ -95,7 +95,7 @@ def load_teacher(name: str, device: torch.device) -> Encoder:
 def vectors_of(teacher: Encoder, texts: list[str]) -> Path:
     """Return the file with the vectors of the texts, (M, E). Encode the texts if there is no such file yet."""
     identity = identity_of(teacher, texts, OPTIONS, "the texts")
-    check_same("the teacher or the training texts", identity)
+    check_same_on_ranks("the teacher or the training texts", identity)
     file = cache_folder() / "teachers" / f"{identity}.npy"
     file.parent.mkdir(parents=True, exist_ok=True)
     while not gather_objects(file.is_file())[0]:  # all ranks go by the main process

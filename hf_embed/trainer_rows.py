@@ -17,7 +17,7 @@ from hf_embed.data.python_rows import RowData
 from hf_embed.data.sources import texts_of
 from hf_embed.data.teacher_vectors import TeacherVectors
 from hf_embed.data.training_rows import TrainData, batch_sampler, check_objective, tokenize_all
-from hf_embed.distributed import check_same
+from hf_embed.distributed import check_same_on_ranks
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.evaluation.held_out import HeldOut, HeldOutLoss, seen_in_training
@@ -105,7 +105,7 @@ def make_held_out(
         with args.main_process_first(desc="tokenizing"), hidden_bars(bool(args.disable_tqdm)):
             rows, views = tokenize_all(stored_rows(task.rows, name), step.encoder, encoding, objective, name, paired=True)
         table = cast(Dataset, rows)
-        check_same(f"{name}: the rows", rows_hash(table))
+        check_same_on_ranks(f"{name}: the rows", rows_hash(table))
         check_objective(objective, table, max(views), name)
         (table,), vectors = with_teacher([table], [objective], args, step.encoder.full_dimension)
         loss = made[name] = HeldOutLoss(table, objective, batch_size, step, args.chunk_tokens, vectors=vectors)

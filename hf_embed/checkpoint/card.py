@@ -31,9 +31,9 @@ from hf_embed.checkpoint.tables import (
     Results,
     averaged_section,
     code_section,
+    escaped,
     inner_name,
     markdown_table,
-    plain,
     results_section,
     slug,
     sweep_table,
@@ -165,9 +165,9 @@ def with_repository(text: str, repository: str, title: str | None = None) -> str
     body = text.rpartition(MARK.partition("{")[0])[0]
     body = body.replace(FOLDER_NOTE, "").replace(json.dumps(FOLDER), json.dumps(repository))
     name = repository.rpartition("/")[2]
-    heading = f"\n# {plain(title or '')}\n"
+    heading = f"\n# {escaped(title or '')}\n"
     if title and heading in body:
-        body = body.replace(heading, f"\n# {plain(name)}\n", 1)
+        body = body.replace(heading, f"\n# {escaped(name)}\n", 1)
         body = MODEL_NAME.sub(lambda match: (match[1] or match[2]) + json.dumps(name), body, count=1)
     return with_mark(body)
 
@@ -241,14 +241,14 @@ def model_card(encoder: Encoder, results: Results | None = None, picture: bool =
     shown = sections(results, temp_scale, picture, prompts_section(encoder), encoder.max_length)
     fields = {
         "metadata": metadata(results),
-        "title": plain(str(facts(results)["title"])),
+        "title": escaped(str(facts(results)["title"])),
         "architecture": type(encoder.base).__name__,
         "parameters": f"{count_parameters(encoder):,}",
         "dimension": encoder.dimension,
         "max_length": encoder.max_length,
         "pooling": f"`{saved_pooling(encoder.pooling)}` ({POOLINGS[saved_pooling(encoder.pooling)].description})",
         "normalize": normalize_note(encoder),
-        "similarity": plain(encoder.similarity_fn_name),
+        "similarity": escaped(encoder.similarity_fn_name),
         "servers": f"\n**{note}**\n" if (note := served_otherwise(encoder)) else "",
         "tempscale": tempscale_note(encoder),
         "sections": "\n".join(f"\n{section}" for section in shown if section),

@@ -3,8 +3,8 @@
     SINGLE                              a text; each row is a single text
     LAYOUTS, DESCRIBED, WITH_TEXT       two columns, an anchor and its positive
     ALIKE, INFERENCE                    two columns with texts of the same kind; `LABELS` may say which of them belong together
-    NEGATIVE                            a negative, or a list of negatives
-    TEACHER                             the scores that a teacher gives to the texts of a row
+    NEGATIVE_NAME                       a negative, or a list of negatives
+    TEACHER_SCORE_NAME                  the scores that a teacher gives to the texts of a row
     WORDS                               what a column with any other name seems to hold
 
 Names are compared in their plain form (`plain`): case, spaces, hyphens and underscores do not matter. `hf_embed.data.columns`
@@ -48,9 +48,9 @@ WITH_TEXT = [("title", "text")]
 INFERENCE = ("premise", "hypothesis")  # without a label, the relation between the two is unknown
 LABELS = ("label", "labels", "goldlabel", "isduplicate", "duplicate", "isparaphrase", "paraphrase", "entailmentlabel")
 
-NEGATIVE = r"(hard)?neg(ative)?s?(\d*|(passage|ctx|document|doc|text)s?)"
+NEGATIVE_NAME = r"(hard)?neg(ative)?s?(\d*|(passage|ctx|document|doc|text)s?)"
 # The scores of a teacher do not judge a pair: it is already known whether the scored texts are positives or negatives.
-TEACHER = r"(pos|neg)(itive|ative)?s?\d*scores?\d*"
+TEACHER_SCORE_NAME = r"(pos|neg)(itive|ative)?s?\d*scores?\d*"
 
 JUDGMENT, NO_TEXT = "judgment", "no text"
 # What a column holds if its name contains one of these words. The first line with such a word counts. A judgment says whether
@@ -98,12 +98,12 @@ def matching(layouts: Iterable[tuple[str, str]], names: Sequence[str]) -> list[l
 
 def is_negative(name: str) -> bool:
     """Return whether a column holds negatives."""
-    return re.fullmatch(NEGATIVE, plain(name)) is not None
+    return re.fullmatch(NEGATIVE_NAME, plain(name)) is not None
 
 
 def is_teacher_score(name: str) -> bool:
     """Return whether a column holds the scores of a teacher."""
-    return re.fullmatch(TEACHER, plain(name)) is not None
+    return re.fullmatch(TEACHER_SCORE_NAME, plain(name)) is not None
 
 
 def seems_to_hold(name: str) -> str:

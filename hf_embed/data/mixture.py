@@ -39,7 +39,7 @@ from hf_embed.errors import InputError, RankError, errors_of, first_line
 from hf_embed.library_internals import was_cut, was_split
 from hf_embed.objectives.base import Objective, as_objective
 from hf_embed.progress import hidden_bars, progress_bar
-from hf_embed.ranges import COUNT, POSITIVE, Range, out_of_range
+from hf_embed.ranges import ABOVE_ZERO, COUNT, Range, out_of_range
 
 if TYPE_CHECKING:
     from hf_embed.arguments import ContrastiveTrainingArguments
@@ -87,7 +87,7 @@ class Source:
     columns: InitVar[dict[str, str | list[str]] | None] = None
 
     def __post_init__(self, columns: dict[str, str | list[str]] | None) -> None:
-        if self.weight not in POSITIVE:
+        if self.weight not in ABOVE_ZERO:
             raise InputError(f"{self.label}: the weight is {self.weight}; it must be a number above 0 (or remove the source)")
         for key, allowed in (("negatives", Range(least=0, whole=True)), ("max_length", COUNT), ("size", COUNT)):
             value = getattr(self, key)

@@ -144,7 +144,7 @@ def tokenize_table(
     most = None if negatives is None else 2 + negatives
 
     def convert(batch: dict[str, list], numbers: list[int]) -> dict[str, list]:
-        found = list(read_rows(batch, numbers, columns, scores, name, most, drop_empty_rows))
+        found = list(rows_of_batch(batch, numbers, columns, scores, name, most, drop_empty_rows))
         texts = [row.texts for row in found]
         made = tokenizer(texts, [row.others for row in found] if others else None, others)
         if others:
@@ -192,7 +192,7 @@ class Row(NamedTuple):
     scores: list[float]  # one for each text after the anchor, or nothing if the rows have no scores
 
 
-def read_rows(
+def rows_of_batch(
     batch: dict[str, list], numbers: list[int], columns: list[str], scores: list[str], name: str, most: int | None, drop: bool
 ) -> Iterator[Row]:
     """Read the rows of a batch of cells. A row with a list of positives becomes one row for each positive.

@@ -24,7 +24,7 @@ from typing import NamedTuple
 from datasets import Dataset
 
 from hf_embed.data.columns import negative_columns, pair_of
-from hf_embed.data.known_columns import NEGATIVE, plain
+from hf_embed.data.known_columns import NEGATIVE_NAME, plain
 from hf_embed.data.labeled import check_label_names
 from hf_embed.data.sources import cell_text, cell_texts, plain_rows
 from hf_embed.errors import InputError, masked
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 # Patterns of column names in their plain form.
 QUERIES = ("anchor", "query", "sent0", "question")
 POSITIVES = (r"pos(itive)?s?(\d+|passages|ctxs)?", "sent1", r"answers?\d*")
-NEGATIVES = (NEGATIVE, "documents")
+NEGATIVES = (NEGATIVE_NAME, "documents")
 DOCUMENTS = ("documents?", "passages?", "answers?")
 LABELS = ("labels?",)
 ACCEPTED = (
@@ -103,7 +103,7 @@ def judged_candidates(rows: Dataset, name: str) -> list[Judged]:
     """
     names = rows.column_names
     queries, documents, labels = (first_match(names, patterns) for patterns in (QUERIES, DOCUMENTS, LABELS))
-    if not (queries and documents and labels) or first_match(names, (NEGATIVE, *POSITIVES[:2])):
+    if not (queries and documents and labels) or first_match(names, (NEGATIVE_NAME, *POSITIVES[:2])):
         return judged_rows(rows, name)
     query, document, label = queries[0], documents[0], labels[0]
     check_label_names(rows, label, name)

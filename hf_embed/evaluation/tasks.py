@@ -17,7 +17,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 import numpy as np
 from torch import Tensor
 
-from hf_embed.distributed import check_same, gather_objects, get_rank, get_world_size
+from hf_embed.distributed import check_same_on_ranks, gather_objects, get_rank, get_world_size
 from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import cosines_of, unit
 from hf_embed.progress import progress_bar
@@ -200,7 +200,7 @@ def embed_own_share(texts: list[str], embed: Embed, prompt_name: str | None = No
     """
     rank, ranks = get_rank(), get_world_size()
     if ranks > 1:
-        check_same("the texts", digest(texts))
+        check_same_on_ranks("the texts", digest(texts))
     own = texts[rank::ranks]
     # Every rank makes the same number of calls, because with FSDP each call runs collectives.
     calls = math.ceil(math.ceil(len(texts) / ranks) / BATCH)

@@ -32,7 +32,7 @@ from hf_embed.read_files import read_json
 from hf_embed.safe_files import clear_leftovers, writing
 from hf_embed.text_models import loading_class
 from hf_embed.trainer import ContrastiveTrainer
-from hf_embed.training_record import about_training, changed_settings, on_the_hub, shown, summary
+from hf_embed.training_record import about_training, changed_settings, on_the_hub, publishable, summary
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ def about_run(plan: Plan, trainer: ContrastiveTrainer, after: dict[str, float]) 
 def about_plan(plan: Plan) -> dict[str, Any]:
     """Return the model, the data and the settings of a plan, as the "train" part of results.json has them."""
     name = plan.model_args.model_name_or_path
-    model, data = shown(name or "quickstart"), shown(plan.source)
+    model, data = publishable(name or "quickstart"), publishable(plan.source)
     return {"model": model, "data": data, "content": content_of(plan), "settings": changed(plan)}
 
 

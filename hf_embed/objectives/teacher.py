@@ -15,7 +15,7 @@ from hf_embed.entry import recipe_command
 from hf_embed.errors import InputError
 from hf_embed.objectives.base import Batch, Objective
 from hf_embed.objectives.tiles import by_tiles
-from hf_embed.ranges import POSITIVE, check_ranges, is_one_of, setting
+from hf_embed.ranges import ABOVE_ZERO, check_ranges, is_one_of, setting
 
 
 def check_candidates(texts_per_row: int, loss: str, name: str) -> None:
@@ -67,7 +67,7 @@ class TeacherKL(Objective):
     )
 
     def __post_init__(self) -> None:
-        check_ranges(self, {"temperature": POSITIVE, "teacher_temperature": POSITIVE})
+        check_ranges(self, {"temperature": ABOVE_ZERO, "teacher_temperature": ABOVE_ZERO})
         if not is_one_of(self.candidates, ("row", "batch")):
             raise InputError(f"unknown candidates '{self.candidates}'; use row or batch")
 
