@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 # Parts: scheme; user name and password; host and path; query and fragment, without punctuation of the surrounding sentence.
@@ -57,6 +57,12 @@ def shortened(text: str) -> str:
     """Return the beginning of a text that a message quotes: at most 60 characters, on one line."""
     start = " ".join(text[:61].split())
     return start if len(text) <= 60 else f"{start[:60]}..."
+
+
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """Return the first names of a list and the number of the others, for a message: 'a', 'b', 'c' and 11 more."""
+    shown = ", ".join(f"'{name}'" for name in names[:most])
+    return f"{shown} and {len(names) - most:,} more" if len(names) > most else shown
 
 
 def without_secrets(settings: Settings) -> Settings:
