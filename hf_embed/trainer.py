@@ -31,9 +31,9 @@ from hf_embed.checkpoint.save import save_encoder
 from hf_embed.checkpoint.training_state import load_training_state, save_training_tensors
 from hf_embed.checkpoint.whole import ASIDE, step_of
 from hf_embed.data.collator import RaggedCollator, further_arguments, to_rows
+from hf_embed.data.loader import batch_sampler, make_loader
 from hf_embed.data.mixture import Mixture
 from hf_embed.data.python_rows import RowData
-from hf_embed.data.training_rows import batch_sampler, make_loader
 from hf_embed.distributed import gather_rows, take_weights_of_main
 from hf_embed.encoding import embed_tokens, tokenize_texts
 from hf_embed.errors import InputError, without_secrets

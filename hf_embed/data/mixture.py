@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import InitVar, dataclass, field
 from itertools import chain, islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import pyarrow
 import torch
@@ -121,6 +121,9 @@ class Source:
     def label(self) -> str:
         """The name of the source in messages."""
         return f"source '{self.name}'" + (f" ({self.origin})" if self.origin else "")
+
+
+TrainData: TypeAlias = Dataset | list[Source]  # what a training reads: one table, or several sources
 
 
 def check_sources(sources: list[Source]) -> None:

@@ -16,7 +16,6 @@ from datasets import Dataset
 from hf_embed.data.columns import column_names
 from hf_embed.data.mixture import Source
 from hf_embed.data.sources import read_file
-from hf_embed.data.training_rows import masks_answers
 from hf_embed.errors import InputError, masked
 from hf_embed.evaluation.sts import COLUMNS, STS, read_sts
 from hf_embed.evaluation.tasks import Task
@@ -29,6 +28,7 @@ from hf_embed.read_files import read_json
 from hf_embed.safe_files import write_json
 from hf_embed.step import make_encoder
 from hf_embed.trainer_inputs import load_to_train
+from hf_embed.trainer_rows import masks_answers
 from hf_embed.trainer_settings import check_batch
 
 PICTURES = (".png", ".pdf", ".svg")
