@@ -219,7 +219,7 @@ class ContrastiveTrainer(GuardedTrainer):
         first_row = args.process_index * len(rows)
         given = {"temperature": outputs["temperature"]} if "temperature" in outputs else {}
         objective = self.objectives[inputs["source"]]
-        given |= further_arguments(inputs["further"], objective.needs)
+        given |= further_arguments(inputs["further"], objective.needs, gather_rows)
         loss = objective(rows, text_ids, gather_rows(rows), gather_rows(text_ids), first_row, **given)
         # DDP averages gradients over ranks. The factor world_size cancels that, which leaves the mean over all masked tokens.
         if mlm is not None:

@@ -295,10 +295,12 @@ def main(folder: str) -> None:
     assert all(found == everyone[0] for found in everyone)  # the same on every rank, to the last bit
     result["held out"] = everyone[0]
     result["vectors of each rank"] = gather_objects(vectors_of_a_teacher(folder))
-    further = hf_embed.data.collator.gather_rows
-    hf_embed.data.collator.gather_rows = lambda rows: torch.cat([rows] * get_world_size())  # a mistake: own rows only
+    further, repeated = hf_embed.trainer.further_arguments, lambda rows: torch.cat([rows] * get_world_size())
+    hf_embed.trainer.further_arguments = lambda given, needs, gather: further(
+        given, needs, repeated
+    )  # a mistake: own rows only
     result["scores of own rows"] = train(folder, CoSENT(), rows_with_scores(0))
-    hf_embed.data.collator.gather_rows = further
+    hf_embed.trainer.further_arguments = further
     gather = hf_embed.trainer.gather_rows
     hf_embed.trainer.gather_rows = lambda rows: gather(rows.detach())  # a common mistake: no gradient flows through it
     result["no_gradient_through_gather"] = train(folder)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from hf_embed.data.teacher_vectors import TeacherVectors
-from hf_embed.distributed import gather_rows
 
 
 class RaggedCollator:
@@ -99,7 +98,7 @@ class RaggedCollator:
 
 
 def further_arguments(
-    further: Mapping[str, Tensor], needs: Sequence[str], gather: Callable[[Tensor], Tensor] = gather_rows
+    further: Mapping[str, Tensor], needs: Sequence[str], gather: Callable[[Tensor], Tensor]
 ) -> dict[str, Tensor]:
     """Return the arguments that an objective needs, for the rows of all ranks.
 
