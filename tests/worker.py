@@ -295,10 +295,9 @@ def main(folder: str) -> None:
     assert all(found == everyone[0] for found in everyone)  # the same on every rank, to the last bit
     result["held out"] = everyone[0]
     result["vectors of each rank"] = gather_objects(vectors_of_a_teacher(folder))
-    further, repeated = hf_embed.trainer.further_arguments, lambda rows: torch.cat([rows] * get_world_size())
-    hf_embed.trainer.further_arguments = lambda given, needs, gather: further(
-        given, needs, repeated
-    )  # a mistake: own rows only
+    further, ranks = hf_embed.trainer.further_arguments, get_world_size()
+    # A mistake: own rows only.
+    hf_embed.trainer.further_arguments = lambda given, needs, _: further(given, needs, lambda rows: torch.cat([rows] * ranks))
     result["scores of own rows"] = train(folder, CoSENT(), rows_with_scores(0))
     hf_embed.trainer.further_arguments = further
     gather = hf_embed.trainer.gather_rows
