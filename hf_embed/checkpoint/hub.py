@@ -29,7 +29,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
-from hf_embed.checkpoint.card import stored_results, title_of, with_repository
+from hf_embed.checkpoint.card import read_results, title_of, with_repository
 from hf_embed.checkpoint.files import FILES, MODULE, MODULE_FILES, ONNX, SHARD, Files, is_old
 from hf_embed.checkpoint.layout import TransformerModule, read_modules
 from hf_embed.entry import recipe_command
@@ -188,7 +188,7 @@ def additions(folder: Path, repo: str, everything: bool = False, inside: str = "
     card = named.pop("README.md", None)
     added = [CommitOperationAdd(f"{inside}/{name}".lstrip("/"), str(path)) for name, path in named.items()]
     if card is not None:
-        own_title = stored_results(folder).get("card", {}).get("title")
+        own_title = read_results(folder).get("card", {}).get("title")
         text = with_repository(read_text(card), repo, None if own_title else title_of(folder))
         added.append(CommitOperationAdd(f"{inside}/README.md".lstrip("/"), text.encode()))
     return added

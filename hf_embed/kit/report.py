@@ -15,7 +15,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import AutoConfig
 
-from hf_embed.checkpoint.card import own_results, store_results, stored_results, write_card
+from hf_embed.checkpoint.card import own_results, read_results, write_card, write_results
 from hf_embed.checkpoint.tables import comparison_table
 from hf_embed.checkpoint.verify import quiet
 from hf_embed.encoder import Encoder
@@ -121,7 +121,7 @@ def write_report(plan: Plan, trainer: ContrastiveTrainer, before: dict[str, floa
         plot_trajectory([before | {"step": 0}, *evaluations], plan.folder / "geometry.png")
         print("\n" + "\n".join(comparison_table(results)))
     write_card(trainer.encoder, plan.folder, results)
-    store_results(plan.folder, results)
+    write_results(plan.folder, results)
 
 
 def check_results(folder: str | Path, replaces: Iterable[str] = ("this package",)) -> None:
@@ -138,8 +138,8 @@ def store_evaluation(folder: Path, results: dict[str, Any]) -> Path:
     """Write results.json in `folder`, and return its path. In the folder of a model, earlier results are kept."""
     folder.mkdir(parents=True, exist_ok=True)
     clear_leftovers(folder)
-    kept = stored_results(folder)
-    store_results(folder, kept | {"evaluated": results} if kept or (folder / "config.json").is_file() else results)
+    kept = read_results(folder)
+    write_results(folder, kept | {"evaluated": results} if kept or (folder / "config.json").is_file() else results)
     return folder / "results.json"
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from accelerate import PartialState
 
-from hf_embed.checkpoint.card import store_results, write_card
+from hf_embed.checkpoint.card import write_card, write_results
 from hf_embed.checkpoint.save import put_in_place, renewed
 from hf_embed.checkpoint.tables import seeds_table
 from hf_embed.checkpoint.verify import quiet
@@ -137,7 +137,7 @@ def keep_best(folder: Path, runs: dict[int, dict], trust_remote_code: bool = Fal
         with renewed(folder, clear=True) as place:
             with tempfile.TemporaryDirectory(prefix=SAVING, dir=place) as new:
                 copied = shutil.copytree(folder / f"seed-{best}", Path(new, "best"), ignore=left_out)
-                store_results(copied, results)
+                write_results(copied, results)
                 put_in_place(copied, place)
             with quiet():
                 encoder = Encoder.from_pretrained(str(place), trust_remote_code=trust_remote_code)
