@@ -21,7 +21,7 @@ import yaml
 from conftest import error_of, tokenize_rows
 from datasets import Dataset
 
-from hf_embed.data import files
+from hf_embed.data import text_files
 from hf_embed.data.cache import content_of
 from hf_embed.data.labeled import read_pairs
 from hf_embed.data.mixture import Stream
@@ -686,7 +686,7 @@ def test_addresses_are_read_by_their_path(monkeypatch):
         assert both_ways(address) == [{"text": "one"}, {"text": "two"}]
     finally:
         server.shutdown()
-        files.DOWNLOADED.clear()
+        text_files.DOWNLOADED.clear()
 
 
 # ---- numbers where texts belong, in mining ----

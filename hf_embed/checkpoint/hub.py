@@ -30,8 +30,8 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
 from hf_embed.checkpoint.card import read_results, title_of, with_repository
-from hf_embed.checkpoint.files import FILES, MODULE, MODULE_FILES, ONNX, SHARD, Files, is_old
 from hf_embed.checkpoint.layout import TransformerModule, read_modules
+from hf_embed.checkpoint.model_files import FILES, MODULE, MODULE_FILES, ONNX, SHARD, Files, is_old
 from hf_embed.entry import recipe_command
 from hf_embed.errors import InputError, first_line, masked
 from hf_embed.read_files import read_json, read_text

@@ -13,8 +13,8 @@ from tokenizers.models import BPE
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_embed.adapters import unpack
-from hf_embed.checkpoint.files import Files
 from hf_embed.checkpoint.layout import read_modules
+from hf_embed.checkpoint.model_files import Files
 from hf_embed.checkpoint.settings import read_settings
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError, first_line, listed

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_embed.adapters import has_adapters
-from hf_embed.checkpoint.files import read_weights
+from hf_embed.checkpoint.model_files import read_weights
 from hf_embed.errors import InputError, in_short, listed
 from hf_embed.read_files import read_tensors
 from hf_embed.step import TrainingStep

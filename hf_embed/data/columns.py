@@ -19,7 +19,6 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset, IterableDataset, Value
 
-from hf_embed.data.files import SEPARATOR_NAMES, other_separator
 from hf_embed.data.known_columns import (
     ALIKE,
     ANCHORS,
@@ -38,6 +37,7 @@ from hf_embed.data.known_columns import (
     plain,
     seems_to_hold,
 )
+from hf_embed.data.text_files import SEPARATOR_NAMES, other_separator
 from hf_embed.errors import InputError, errors_of, shortened
 from hf_embed.ranges import is_one_of
 

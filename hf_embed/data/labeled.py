@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 
 from datasets import ClassLabel, Dataset, Features, IterableDataset, List, Value
 
-from hf_embed.data import files
+from hf_embed.data import text_files
 from hf_embed.data.columns import NAMED_OTHERWISE, column_names, negative_columns, text_columns
 from hf_embed.data.known_columns import ALIKE, DESCRIBED, INFERENCE, LABELS, LAYOUTS, SINGLE, by_plain_name, matching, plain
 from hf_embed.data.sources import kept_rows, texts_of
@@ -45,6 +45,7 @@ POSITIVE, NEGATIVE, NEUTRAL, NO_LABEL = "positive", "negative", "neutral", "with
 EMPTY, TWICE = "with an empty text", "repeated"
 BATCH = 10_000  # rows read at a time
 LABELS_OF_INFERENCE = {"entailment": POSITIVE, "neutral": NEUTRAL, "contradiction": NEGATIVE}
+NUMBERS_OF_INFERENCE = {"0": "entailment", "1": "neutral", "2": "contradiction"}  # as in SNLI
 # The words for the two labels of datasets with two labels.
 MATCHES = ("1", "true", "yes", "duplicate", "equivalent", "paraphrase", "entailment")
 NO_MATCHES = ("0", "-1", "false", "no", "notduplicate", "notequivalent", "notparaphrase", "notentailment")
@@ -148,16 +149,18 @@ def meanings_of(rows: Dataset, layout: Layout, name: str) -> Meanings:
             f"{where}: {graded[0]} is a score, which does not say if a pair is a positive or a negative; evaluate on these "
             f"pairs with --eval_sts_file, or keep only similar pairs and remove the column with --ignore_columns {layout.label}"
         )
-    numbers = all(word.isdecimal() for word in words)
     written = {text: written_as(label, rows.features[layout.label]) for label, text in texts.items()}
-    inference, shown = words <= set(LABELS_OF_INFERENCE), {word: written[word] for word in words}
-    known = LABELS_OF_INFERENCE
-    if numbers and layout.inference and words <= {"0", "1", "2"} and "2" in words:  # the order of SNLI
-        inference, known = True, {str(number): meaning for number, meaning in enumerate(LABELS_OF_INFERENCE.values())}
-        shown = {str(number): f"{number} ({word})" for number, word in enumerate(LABELS_OF_INFERENCE)}
-    elif not inference:
-        known = dict.fromkeys(MATCHES, POSITIVE) | dict.fromkeys(NO_MATCHES, NEGATIVE)
-    if not words or not words <= set(known) or (numbers and layout.inference and not inference):
+    shown = {word: written[word] for word in words}
+    if layout.inference and "2" in words and words <= NUMBERS_OF_INFERENCE.keys():
+        inference, known = True, {word: LABELS_OF_INFERENCE[NUMBERS_OF_INFERENCE[word]] for word in words}
+        shown = {word: f"{word} ({NUMBERS_OF_INFERENCE[word]})" for word in words}
+    elif words <= LABELS_OF_INFERENCE.keys():
+        inference, known = True, LABELS_OF_INFERENCE
+    elif layout.inference and all(word.isdecimal() for word in words):  # nothing says which number is the entailment
+        inference, known = True, {}
+    else:
+        inference, known = False, dict.fromkeys(MATCHES, POSITIVE) | dict.fromkeys(NO_MATCHES, NEGATIVE)
+    if not words or not words <= known.keys():
         some = sorted(shown.values())[:5] + ["..."] * (len(words) > 5)
         raise InputError(f"{where}: the labels are {', '.join(some) or 'all missing'}; {mend_of(words, layout)}")
     parts = {meaning: sorted(shown[word] for word in words if known[word] == meaning) for meaning in (POSITIVE, NEGATIVE)}
@@ -323,7 +326,7 @@ def cached(rows: list[dict[str, Any]]) -> Dataset:
         hashed.update(repr(row).encode())
     texts = List(Value("string"))
     features = Features({"anchor": Value("string"), "positive": texts, "negatives": texts})
-    return files.cached_rows(hashed.hexdigest()[:32], features, rows)
+    return text_files.cached_rows(hashed.hexdigest()[:32], features, rows)
 
 
 def read_pairs(rows: Dataset, name: str) -> list[tuple[str, str]]:

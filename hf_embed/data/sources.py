@@ -37,7 +37,7 @@ from typing import Any
 import pyarrow.parquet
 from datasets import Dataset, DatasetDict, IterableDataset, Value
 
-from hf_embed.data import files
+from hf_embed.data import text_files
 from hf_embed.data.cache import cached_map, checked_load
 from hf_embed.data.columns import FEW_VALUES, column_names, text_columns
 from hf_embed.data.known_columns import plain
@@ -72,8 +72,8 @@ def read_file(
     paths = [path] if isinstance(path, str) else path
     kind = check_files(paths)
     if kind != "parquet":
-        table = files.Table(header, quoting)
-        rows = files.stream(paths, table) if streaming else files.load(paths, table)
+        table = text_files.Table(header, quoting)
+        rows = text_files.stream(paths, table) if streaming else text_files.load(paths, table)
     else:
         rows = read_parquet(paths, streaming)
     if (len(rows) == 0) if isinstance(rows, Dataset) else is_empty(rows, paths[0]):
@@ -102,14 +102,14 @@ def is_empty(rows: IterableDataset, path: str) -> bool:
     except InputError:
         raise
     except Exception as error:  # Arrow and the URL clients raise many kinds of errors
-        raise files.unreadable(path, first_line(error)) from error
+        raise text_files.unreadable(path, first_line(error)) from error
 
 
 def first_cells(path: str) -> list[str] | None:
     """Return the first row of a csv or tsv file, possibly a header, in lower case. Return None for other kinds of files."""
-    if check_files([path]) not in files.SEPARATORS:
+    if check_files([path]) not in text_files.SEPARATORS:
         return None
-    return [cell.lower() for cell in files.table_columns(path, files.Table())]
+    return [cell.lower() for cell in text_files.table_columns(path, text_files.Table())]
 
 
 def read_parquet(paths: list[str], streaming: bool) -> Dataset | IterableDataset:
@@ -123,7 +123,7 @@ def read_parquet(paths: list[str], streaming: bool) -> Dataset | IterableDataset
     except InputError:
         raise
     except Exception as error:  # Arrow, datasets and the URL clients raise many kinds of errors
-        raise files.unreadable(paths[0], first_line(error.__cause__ or error)) from error
+        raise text_files.unreadable(paths[0], first_line(error.__cause__ or error)) from error
 
 
 def check_parquet(path: str) -> None:
@@ -131,7 +131,7 @@ def check_parquet(path: str) -> None:
     if "://" in path:
         return
     found = pyarrow.parquet.read_metadata(path)
-    files.check_names(found.schema.to_arrow_schema().names, path)
+    text_files.check_names(found.schema.to_arrow_schema().names, path)
     if found.num_rows == 0:
         raise InputError(f"{path}: there are no rows")
 

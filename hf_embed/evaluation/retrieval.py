@@ -21,9 +21,9 @@ from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_embed.data.files import Table, json_rows, table_rows
 from hf_embed.data.known_columns import plain
 from hf_embed.data.sources import read_hub
+from hf_embed.data.text_files import Table, json_rows, table_rows
 from hf_embed.distributed import gather_objects, get_rank, get_world_size
 from hf_embed.errors import InputError, shortened
 from hf_embed.evaluation.geometry import ordered

@@ -94,8 +94,8 @@ class Matryoshka(Objective):
         """Return the mean loss of the own rows, a scalar."""
         self.check_width(batch.embeddings.shape[-1])
         assert self.weights is not None  # __post_init__ has set them
-        loss, inner, given = batch.embeddings.new_zeros(()), self.inner, batch.given()
+        loss, inner = batch.embeddings.new_zeros(()), self.inner
         for dim, weight in zip(self.dims, self.weights):  # equation 1: the sum over widths m of c_m L
             own, everyone = batch.embeddings[..., :dim], batch.all_embeddings[..., :dim]
-            loss = loss + weight * inner(own, batch.text_ids, everyone, batch.all_text_ids, batch.own.start, **given)
+            loss = loss + weight * inner.mean_loss(batch._replace(embeddings=own, all_embeddings=everyone))
         return loss
