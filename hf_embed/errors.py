@@ -45,12 +45,12 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def in_short(error: BaseException) -> str:
-    """Return all lines of an error's message as one line of at most 200 characters.
+def in_short(error: BaseException | str) -> str:
+    """Return all lines of an error, or of its message, as one line of at most 200 characters, without secrets.
 
     This suits errors whose first line is only a heading, such as those of `load_state_dict`.
     """
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return masked(" ".join(str(error).split()))[:200] or type(error).__name__
 
 
 def shortened(text: str) -> str:

@@ -35,7 +35,7 @@ from hf_embed.evaluation.held_out import HeldOut, HeldOutLoss, seen_in_training
 from hf_embed.evaluation.sts import STS
 from hf_embed.evaluation.tasks import Embed, Task, embed_on_all_ranks
 from hf_embed.fingerprint import tokenizer_facts
-from hf_embed.objectives import Matryoshka, Objective, SimCSE
+from hf_embed.objectives import Objective
 from hf_embed.objectives.base import FunctionObjective, check_other_positives
 from hf_embed.progress import hidden_bars
 from hf_embed.resume import rows_hash
@@ -215,19 +215,13 @@ def warn_without_negatives(text_ids: pyarrow.ChunkedArray, objective: Objective,
     same = None
     if are_equal(candidates):
         same = "positives"
-    elif most == 2 and masks_answers(objective) and are_equal(pyarrow.compute.list_element(text_ids, 0)):
+    elif most == 2 and objective.mask_other_positives and are_equal(pyarrow.compute.list_element(text_ids, 0)):
         same = "anchors"
     if same:
         logger.warning(
             f"{name}: the {same} of all rows are the same text (after truncation to max_length tokens), so no row of a batch "
             f"has a negative, and nothing can be learned; give rows with different {same}, or raise max_length"
         )
-
-
-def masks_answers(objective: Objective) -> bool:
-    """Return True if the loss masks other positives of the same anchor."""
-    inner = objective.inner if isinstance(objective, Matryoshka) else objective
-    return not isinstance(inner, SimCSE) or inner.mask_other_positives
 
 
 def are_equal(numbers: pyarrow.ChunkedArray) -> bool:

@@ -28,7 +28,6 @@ from hf_embed.read_files import read_json
 from hf_embed.safe_files import write_json
 from hf_embed.step import make_encoder
 from hf_embed.trainer_inputs import load_to_train
-from hf_embed.trainer_rows import masks_answers
 from hf_embed.trainer_settings import check_batch
 
 PICTURES = (".png", ".pdf", ".svg")
@@ -103,7 +102,7 @@ def preflight_plan(plan: Plan) -> dict[str, Any]:
         objectives={type(plan.objective).__name__: plan.objective},
         batches=(plan.args.per_device_train_batch_size * plan.args.world_size,),
         sample=plan.run.preflight_sample,
-        masks_answers=masks_answers(plan.objective),
+        masks_answers=plan.objective.mask_other_positives,
         teacher=plan.args.teacher,
     )
     given = as_given(plan.rows, plan.source, None, plan.source, plan.paired)

@@ -61,6 +61,8 @@ class Objective:
         mlm_weight: the weight of the masked-language-modeling loss, which the trainer computes and adds. 0 means no such loss.
         guide_margin: leave out candidates that a teacher scores above its score of the positive minus this number. None: no
             teacher guides the choice of negatives.
+        mask_other_positives: whether other positives of the same anchor, in other rows, are no negatives. Checks of the rows
+            read it.
     """
 
     equation: ClassVar[str] = ""
@@ -69,6 +71,7 @@ class Objective:
     learn_temperature: bool = False
     mlm_weight: float = 0.0
     guide_margin: float | None = None
+    mask_other_positives: bool = True
 
     @property
     def needs(self) -> tuple[str, ...]:

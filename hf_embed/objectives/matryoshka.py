@@ -51,6 +51,7 @@ class Matryoshka(Objective):
             raise InputError("Matryoshka cannot shorten the target vectors of a teacher; use the objective without Matryoshka")
         inner = self.inner
         self.temperature, self.learn_temperature, self.mlm_weight = inner.temperature, inner.learn_temperature, inner.mlm_weight
+        self.mask_other_positives = inner.mask_other_positives
         self.dims = tuple(self.dims)
         self.weights = (1.0,) * len(self.dims) if self.weights is None else tuple(self.weights)
         if not self.dims or not all(dim in COUNT for dim in self.dims) or len(set(self.dims)) < len(self.dims):
