@@ -30,6 +30,12 @@ def has_adapters(model: PreTrainedModel) -> bool:
     return hasattr(model, "peft_config")
 
 
+def base_of(model: nn.Module) -> PreTrainedModel:
+    """Return the model inside a PEFT model; return any other model unchanged."""
+    whole: Any = model
+    return whole.get_base_model() if hasattr(whole, "get_base_model") else whole
+
+
 def configs_of(backbone: PreTrainedModel) -> list[dict[str, Any]]:
     """Return the config of a model and the configs of its adapters, as dicts."""
     adapters: list[Any] = list(backbone.peft_config.values()) if has_adapters(backbone) else []

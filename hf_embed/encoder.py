@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_embed.activations import Activations, ChunkEncoder
+from hf_embed.adapters import base_of
 from hf_embed.chunking import default_chunk_tokens, encode_in_chunks
 from hf_embed.disk import disk_errors
 from hf_embed.encoding import (
@@ -44,7 +45,7 @@ from hf_embed.forward_check import check_kernel, measure
 from hf_embed.packed_attention import CannotPack
 from hf_embed.packing import Numbering, Packable, Packing, place_of, precision, ways_to_pack
 from hf_embed.pooling import POOLINGS, Dense, check_pooling, states_to_pool
-from hf_embed.tempscale.attention import applied_tempscale, apply_stated, base_of
+from hf_embed.tempscale.attention import applied_tempscale, apply_stated
 from hf_embed.text_models import attend_fully, check_max_length, is_remote, text_encoder, with_padding, without_head
 from hf_embed.vectors import SIMILARITIES, Compare, Vectors, as_floats, as_matrix, check_widths, precision_of, quantize
 

@@ -17,7 +17,6 @@ from transformers import AutoConfig
 
 from hf_embed.checkpoint.card import own_results, read_results, write_card, write_results
 from hf_embed.checkpoint.tables import comparison_table
-from hf_embed.checkpoint.verify import quiet
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.evaluation.held_out import with_model
@@ -27,7 +26,7 @@ from hf_embed.kit.content import content_of
 from hf_embed.kit.models import embed_with
 from hf_embed.kit.overwrite import place_of, take_place
 from hf_embed.kit.plan import Plan
-from hf_embed.progress import hidden_bars
+from hf_embed.progress import hidden_bars, silent_libraries
 from hf_embed.read_files import read_json
 from hf_embed.safe_files import clear_leftovers, writing
 from hf_embed.text_models import loading_class
@@ -73,7 +72,7 @@ def report(plan: Plan, trainer: ContrastiveTrainer, before: dict[str, float]) ->
 
 def load_saved(plan: Plan) -> Encoder:
     """Load the saved folder again, as a user will load it."""
-    with quiet():
+    with silent_libraries():
         trusted = plan.model_args.trust_remote_code
         encoder = Encoder.from_pretrained(str(plan.folder), trust_remote_code=trusted, dtype=torch.float32)
     for parameter in encoder.parameters():  # else they are read from the file, and Windows does not rename its folder
