@@ -71,7 +71,7 @@ class ContrastiveTrainer(GuardedTrainer):
         train_dataset: one of
 
             - a `datasets.Dataset` of texts with the columns anchor, positive and negatives, or with the column text alone
-              (`hf_embed.data.sources` lists the accepted columns). The trainer tokenizes it once;
+              (`hf_embed.data.known_columns` lists the accepted ones). The trainer tokenizes it once;
             - a pandas DataFrame, a list, or the path of a file (`hf_embed.data.python_rows`);
             - many sources: a dict from names to the kinds above, or a list of `Source`. Each batch comes from one source.
 

@@ -1,6 +1,6 @@
 """Rules that decide which columns of a table hold which texts: by known column names, or as the user names the columns.
 
-`hf_embed.data.known_columns` lists the known names. There are two kinds of known layouts:
+`hf_embed.data.known_columns` lists the names. There are two kinds of known layouts:
 
 - A layout in `LAYOUTS` names its positives. The first such layout that matches is used, whatever other columns the table has.
 - A layout in `DESCRIBED` or `ALIKE` only describes what its texts are. It is used only if nothing else matches. For example, a

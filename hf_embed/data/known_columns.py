@@ -1,19 +1,31 @@
-"""The names of columns that this package knows, and what columns with these names hold.
+"""The columns of rows of text that this package knows, by their names. `hf_embed.data.columns` chooses among them.
 
-    SINGLE                              a text; each row is a single text
-    LAYOUTS, DESCRIBED, WITH_TEXT       two columns, an anchor and its positive
-    ALIKE, INFERENCE                    two columns with texts of the same kind; `LABELS` may say which of them belong together
-    NEGATIVE_NAME                       a negative, or a list of negatives
-    TEACHER_SCORE_NAME                  the scores that a teacher gives to the texts of a row
-    WORDS                               what a column with any other name seems to hold
+    text | sentence                             one text per row; in unsupervised training it is its own positive
+    anchor | query | question, positive         as in sentence-transformers and retrieval; also `positives` or `pos`; also
+                                                `positive_passages` (Tevatron) and `positive_ctxs` (DPR)
+    sent0, sent1                                as in SimCSE's own NLI files
+    anchor | premise, entailment                with `contradiction` as the negative
+    question | query, answer | passage | document | context
+    title, body | abstract                      also title, text if the caller asks for pairs
+    summary, article; comment | docstring, code
+    sentence1, sentence2                        also question, text, title or caption with 1 and 2, and sentence_A, sentence_B
+    premise, hypothesis, label                  also the pairs of the line above with a column of labels;
+                                                `hf_embed.data.labeled` converts them to positives and negatives
 
-Names are compared in their plain form (`plain`): case, spaces, hyphens and underscores do not matter. `hf_embed.data.columns`
-chooses the columns of a table by these names.
+All pairs may have negatives: `negative`, `negative_1`, `negative_2` ..., or `negatives`, `neg`, `hard_neg`; in Tevatron and DPR
+`negative_passages`, `negative_ctxs`, `hard_negative_ctxs`. `hf_embed.data.sources` says what the cells may hold. `--columns
+anchor=frage positive=antwort` names columns with other names.
+
+Other columns are not used. But an unused column that judges the pairs (its name says label or score, for example) is refused,
+because then some pairs may not be positives. If only its values look like judgments, a warning names it.
+
+Names are compared in their plain form (`plain`): case, spaces, hyphens and underscores do not matter.
 """
 
 import re
 from collections.abc import Iterable, Sequence
 
+# All names here are in their plain form. A layout is the names of two columns: of the anchors, and of their positives.
 SINGLE = ("text", "sentence")
 ANCHORS, POSITIVES = ("anchor", "query", "question"), ("positive", "positives", "pos", "positivepassages", "positivectxs")
 
@@ -34,6 +46,7 @@ DESCRIBED = [
     ("docstring", "code"),
     ("funcdocumentationstring", "funccodestring"),
 ]
+# The two texts of a pair are of the same kind. A column of `LABELS` may say which pairs belong together.
 ALIKE = [
     ("sentence0", "sentence1"),
     ("sentence1", "sentence2"),
@@ -48,8 +61,9 @@ WITH_TEXT = [("title", "text")]
 INFERENCE = ("premise", "hypothesis")  # without a label, the relation between the two is unknown
 LABELS = ("label", "labels", "goldlabel", "isduplicate", "duplicate", "isparaphrase", "paraphrase", "entailmentlabel")
 
+# Patterns of plain names: of a column of negatives, and of the scores that a teacher gives to the texts of a row. Such scores
+# do not judge a pair, because it is already known whether the scored texts are positives or negatives.
 NEGATIVE_NAME = r"(hard)?neg(ative)?s?(\d*|(passage|ctx|document|doc|text)s?)"
-# The scores of a teacher do not judge a pair: it is already known whether the scored texts are positives or negatives.
 TEACHER_SCORE_NAME = r"(pos|neg)(itive|ative)?s?\d*scores?\d*"
 
 JUDGMENT, NO_TEXT = "judgment", "no text"

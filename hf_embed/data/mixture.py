@@ -58,7 +58,7 @@ class Source:
     Args:
         name: the name in messages and logs (`loss_NAME`).
         rows: an `IterableDataset`, or rows of a kind that `hf_embed.data.python_rows` lists; their columns are those that
-            `hf_embed.data.sources` lists.
+            `hf_embed.data.known_columns` lists.
         query_prompt, document_prompt: text to put before queries and documents; default: the prompts of the model.
         max_length: the maximum number of tokens of a text; default: that of the run.
         negatives: how many hard negatives of each row to use; default: all. It is required for a stream with negatives.
@@ -67,7 +67,7 @@ class Source:
         size: the approximate number of rows of an `IterableDataset`.
         origin: where the rows come from, for messages.
         columns: which columns hold what, for example {"anchor": "question", "positive": "answer"}; also with "negative" (one
-            column or a list), or only "text". Default: the columns are recognized by the names in `hf_embed.data.sources`.
+            column or a list), or only "text". Default: the columns are recognized by `hf_embed.data.known_columns`.
 
     Raises:
         InputError: if a column does not exist, the weight is not above 0, negatives or max_length is too small, there are no

@@ -1,30 +1,10 @@
 """Readers that turn files and Hub datasets into rows of text. The rows are checked before any computation starts.
 
-Accepted columns (case, spaces, hyphens and underscores do not matter):
-
-    text | sentence                             one text per row; in unsupervised training it is its own positive
-    anchor | query | question, positive         as in sentence-transformers and retrieval; also `positives` or `pos`; each cell
-                                                is a text or a list of texts, as in FlagEmbedding's jsonl; also
-                                                `positive_passages` (Tevatron) and `positive_ctxs` (DPR)
-    sent0, sent1                                as in SimCSE's own NLI files
-    anchor | premise, entailment                with `contradiction` as the negative
-    question | query, answer | passage | document | context
-    title, body | abstract                      also title, text if the caller asks for pairs
-    summary, article; comment | docstring, code
-    sentence1, sentence2                        also question, text, title or caption with 1 and 2, and sentence_A, sentence_B
-    premise, hypothesis, label                  also the pairs of the line above with a column of labels;
-                                                `hf_embed.data.labeled` converts them to positives and negatives
-
-All pairs may have negatives: `negative`, `negative_1`, `negative_2` ..., or `negatives`, `neg`, `hard_neg`; in Tevatron and DPR
-`negative_passages`, `negative_ctxs`, `hard_negative_ctxs`. A cell of negatives is a text, a list of texts, or null (a row may
-have fewer negatives than other rows). A positive or negative may also be a passage, {"title": ..., "text": ...}: it is read as
-its title, a space and its text. The layouts in the lines with `positive`, `sent0` and `entailment` name their positives, and
-the first of them that matches is used. Of the other layouts, only one may match (`hf_embed.data.columns`). A list of positives
-becomes one row for each positive, and the other positives of the list are never negatives of that row. `--columns anchor=frage
-positive=antwort` names columns with other names.
-
-Other columns are not used. But an unused column that judges the pairs (its name says label or score, for example) is refused,
-because then some pairs may not be positives. If only its values look like judgments, a warning names it.
+`hf_embed.data.known_columns` lists the columns that rows may have. A cell holds a text. A cell of positives or negatives may
+also hold a list of texts, as in FlagEmbedding's jsonl, and in place of a text a passage, {"title": ..., "text": ...}: it is
+read as its title, a space and its text. A cell of negatives may be null, because a row may have fewer negatives than other
+rows. A list of positives becomes one row for each positive, and the other positives of the list are never negatives of that
+row.
 """
 
 import glob

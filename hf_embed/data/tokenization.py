@@ -126,7 +126,7 @@ def tokenize_table(
     columns `other_ids` and `row`, the number of the original row.
 
     Args:
-        rows: rows with the columns that `hf_embed.data.sources` accepts, and without a format.
+        rows: rows with the columns that `hf_embed.data.known_columns` lists, and without a format.
         tokenizer: the tokenizer of the texts. If it is `scored`, the scores of each row are read as well.
         name: the name of the rows in messages.
         paired: see `hf_embed.data.columns.text_columns`.

@@ -9,8 +9,8 @@ underscores do not matter):
     negatives      negative | hard_neg | documents   also neg, negatives; negative_1, negative_2 ...;
                                                      negative_passages, negative_ctxs, hard_negative_ctxs
 
-Training pairs with negatives are accepted too (`hf_embed.data.sources`), for example premise, entailment, contradiction. The
-cells of positives and negatives are a text, a passage {"title", "text"}, a list of these, or null. `documents` holds all
+Training pairs with negatives are accepted too, for example premise, entailment, contradiction (`hf_embed.data.known_columns`).
+The cells of positives and negatives are a text, a passage {"title", "text"}, a list of these, or null. `documents` holds all
 candidates of a query: its negatives are the documents that are not among the positives. In a second layout, each row has one
 document and its label, and the rows of the same query belong together:
 
