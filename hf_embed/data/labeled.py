@@ -140,7 +140,7 @@ def meanings_of(rows: Dataset, layout: Layout, name: str) -> Meanings:
     Raises:
         InputError: if the meaning of a label is unknown.
     """
-    texts = texts_of_labels(rows, layout)
+    texts = texts_of_labels(rows, layout.label)
     absent = words_without_meaning(set(texts.values()), layout, rows.features[layout.label])
     words = set(texts.values()) - absent
     where = f"{name}, column '{layout.label}'"
@@ -168,16 +168,16 @@ def meanings_of(rows: Dataset, layout: Layout, name: str) -> Meanings:
     return Meanings({label: NO_LABEL if text in absent else known[text] for label, text in texts.items()}, inference, explained)
 
 
-def texts_of_labels(rows: Dataset, layout: Layout) -> dict[Any, str]:
-    """Return the word of each different label in the rows."""
-    batches = rows.select_columns(layout.label).iter(BATCH)
-    labels = dict.fromkeys(hashable(label) for batch in batches for label in batch[layout.label])
-    return {label: text_of(label, rows.features[layout.label]) for label in labels}
+def texts_of_labels(rows: Dataset, column: str) -> dict[Any, str]:
+    """Return the word of each different label in a column."""
+    batches = rows.select_columns(column).iter(BATCH)
+    labels = dict.fromkeys(hashable(label) for batch in batches for label in batch[column])
+    return {label: text_of(label, rows.features[column]) for label in labels}
 
 
 def are_graded(rows: Dataset, layout: Layout) -> bool:
     """Return whether the labels are numbers that grade the pairs, such as 0 to 5: they say how similar the texts are."""
-    words = set(texts_of_labels(rows, layout).values()).difference(ABSENT)
+    words = set(texts_of_labels(rows, layout.label).values()).difference(ABSENT)
     numbers = all(re.fullmatch(r"\d*\.?\d+", word) for word in words)
     return numbers and not words <= {"0", "1"} and not (layout.inference and words <= {"0", "1", "2"})
 
@@ -237,7 +237,7 @@ def refuse_inference_labels(rows: Dataset, column: str, name: str) -> None:
     """Raise InputError if 0, 1 and 2 in a column of labels may be those of NLI, whose order is not that of similarity."""
     if plain(column) not in LABELS or isinstance(rows.features[column], ClassLabel):  # its names were checked
         return
-    words = {written_as(label, rows.features[column]) for label in rows[column][:]}.difference(ABSENT)
+    words = set(texts_of_labels(rows, column).values()).difference(ABSENT)
     if "2" in words and words <= {"0", "1", "2"}:
         raise InputError(
             f"{name}, column '{column}': the labels 0, 1 and 2 may mean entailment, neutral and contradiction, which are not "
