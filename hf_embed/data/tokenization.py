@@ -15,8 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_embed.data.cache import cached_map
 from hf_embed.data.columns import text_columns, warn_of_judgements
-from hf_embed.data.labeled import check_label_names, refuse_inference_labels
-from hf_embed.data.scores import check_gaps, row_scores, score_columns
+from hf_embed.data.scores import check_gaps, check_label_names, refuse_inference_labels, row_scores, score_columns
 from hf_embed.data.sources import check_first_texts, kept_rows
 from hf_embed.encoding import beginning, room_for_text
 from hf_embed.errors import InputError

@@ -25,7 +25,7 @@ from datasets import Dataset
 
 from hf_embed.data.columns import negative_columns, pair_of
 from hf_embed.data.known_columns import NEGATIVE_NAME, plain
-from hf_embed.data.labeled import check_label_names
+from hf_embed.data.scores import check_label_names
 from hf_embed.data.sources import cell_text, cell_texts, plain_rows
 from hf_embed.errors import InputError, masked
 from hf_embed.evaluation.rows import first_match, label_number

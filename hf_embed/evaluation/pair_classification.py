@@ -10,7 +10,7 @@ import numpy as np
 from datasets import Dataset
 
 from hf_embed.data.known_columns import ALIKE, LABELS, by_plain_name, matching
-from hf_embed.data.labeled import check_label_names
+from hf_embed.data.scores import check_label_names
 from hf_embed.data.sources import cell_text, plain_rows
 from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import ordered
