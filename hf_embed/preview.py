@@ -5,7 +5,8 @@ from typing import Any
 
 from datasets import Dataset
 
-from hf_embed.data.mixture import Mixture, Stream
+from hf_embed.data.mixture import Mixture
+from hf_embed.data.stream import Stream
 from hf_embed.data.tokenization import count_texts
 from hf_embed.dropout import dropout_rates
 from hf_embed.encoder import Encoder

@@ -14,17 +14,10 @@ from transformers.trainer_utils import PredictionOutput, speed_metrics
 from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.data.columns import text_columns
 from hf_embed.data.loader import batch_sampler
-from hf_embed.data.mixture import (
-    Mixture,
-    Source,
-    Stream,
-    TrainData,
-    has_several_positives,
-    make_mixture,
-    tokenize_source,
-)
+from hf_embed.data.mixture import Mixture, Source, TrainData, has_several_positives, make_mixture, tokenize_source
 from hf_embed.data.python_rows import RowData
 from hf_embed.data.sources import texts_of
+from hf_embed.data.stream import Stream
 from hf_embed.data.teacher_vectors import TeacherVectors
 from hf_embed.data.tokenization import most_texts, truncated_share, warn_of_truncation
 from hf_embed.distributed import check_same_on_ranks, get_rank

@@ -16,8 +16,9 @@ from test_gte import BOTH, DIRECTIONS, VANILLA, assert_same, formula
 
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, ImprovedContrastive, Matryoshka, SimCSE
 from hf_embed.data.collator import RaggedCollator, used_columns
-from hf_embed.data.mixture import MOST_POSITIVES, Mixture, Source, Stream, has_several_positives, make_mixture
+from hf_embed.data.mixture import Mixture, Source, has_several_positives, make_mixture
 from hf_embed.data.sources import read_file, rows_by_positive
+from hf_embed.data.stream import MOST_POSITIVES, Stream
 from hf_embed.data.tokenization import RowTokenizer, text_id
 from hf_embed.objectives import Objective, as_objective
 

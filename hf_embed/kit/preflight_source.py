@@ -19,7 +19,8 @@ from datasets import Dataset
 
 from hf_embed.data.columns import judging_values
 from hf_embed.data.labeled import NEGATIVE, POSITIVE, Layout, hashable, labeled_layout, meanings_of
-from hf_embed.data.mixture import Source, Stream, source_rows, source_tokenizer
+from hf_embed.data.mixture import Source, source_rows, source_tokenizer
+from hf_embed.data.stream import Stream
 from hf_embed.data.text_files import as_column, features_of
 from hf_embed.data.tokenization import RowTokenizer, columns_to_read, text_id, too_few_rows
 from hf_embed.encoder import Encoder
