@@ -102,8 +102,6 @@ class ImprovedContrastive(Objective):
             raise InputError(f"directions are {' '.join(self.directions)}; name each direction only once")
         if "query_to_doc" not in self.directions:
             raise InputError("directions need query_to_doc, because it contains the positive pair; add it")
-        if not is_one_of(self.partition_mode, ("joint", "per_direction")):
-            raise InputError(f"unknown partition_mode '{self.partition_mode}'; use joint or per_direction")
         if self.partition_mode == "per_direction":
             if lacking := {"query_to_query", "doc_to_doc"} & set(self.directions):
                 raise InputError(f"per_direction does not support {max(lacking)}, which contains no positive; use joint")
