@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_embed.adapters import copy_of
 from hf_embed.errors import InputError, first_line, utf8
-from hf_embed.ranges import COUNT, is_one_of
+from hf_embed.ranges import COUNT, check_one_of
 from hf_embed.vectors import SIMILARITIES, check_packable, check_precision
 
 if TYPE_CHECKING:
@@ -115,8 +115,7 @@ def check_encoder_settings(normalize: Any, prompts: Any, truncate_dim: Any, simi
         check_prompt(prompt)
     if truncate_dim is not None and not (type(truncate_dim) is int and truncate_dim > 0):
         raise InputError(f"truncate_dim is {truncate_dim!r}; give the number of dimensions to keep, or None")
-    if not is_one_of(similarity_fn_name, SIMILARITIES):
-        raise InputError(f"unknown similarity_fn_name {similarity_fn_name!r}; use one of {', '.join(SIMILARITIES)}")
+    check_one_of("similarity_fn_name", similarity_fn_name, SIMILARITIES)
 
 
 def check_prompt(prompt: Any) -> None:

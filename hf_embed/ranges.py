@@ -64,6 +64,12 @@ def is_one_of(value: Any, names: Iterable[str]) -> bool:
     return isinstance(value, str) and value in names
 
 
+def check_one_of(what: str, value: Any, names: Iterable[str]) -> None:
+    """Raise InputError, with all names, if a value is not one of some names. `what` says in the message what they name."""
+    if not is_one_of(value, names):
+        raise InputError(f"unknown {what} {value!r}; use one of {', '.join(names)}")
+
+
 def check_ranges(settings: Any, ranges: dict[str, Range]) -> None:
     """Check the fields of a dataclass: numbers against `ranges`, names against the choices, and switches.
 
