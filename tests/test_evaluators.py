@@ -210,6 +210,7 @@ def write_rows(path, header, rows):
     [
         ("anchor", "positive", "negative"), ("Anchor", "POSITIVE", "Negative"), ("query", "positive", "negative_1"),
         ("sent0", "sent1", "hard_neg"), ("query", "pos", "neg"), ("question", "answer", "negatives"),
+        ("Query", "Positive-1", "hard neg"),  # BUG: hyphens and spaces mattered, but not in a file to train on
     ],
 )  # fmt: skip
 def test_triplet_files(tmp_path, ending, header):
