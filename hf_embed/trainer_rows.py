@@ -1,6 +1,5 @@
 """The rows of a trainer: for training, for the loss on held-out rows, and for `predict`."""
 
-import copy
 import logging
 import time
 from collections.abc import Mapping
@@ -72,14 +71,26 @@ def read_training_rows(
         return TrainingRows(None, [2], [objective], {})
     check_batch(args)
     with args.main_process_first(desc="tokenizing"), hidden_bars(bool(args.disable_tqdm)):
-        tokens, views = tokenize_all(rows, step.encoder, args, objective, name, paired)
-    if isinstance(tokens, Dataset) and len(tokens) < args.world_size:
-        raise InputError(f"{name}: {len(tokens)} rows for {args.world_size} processes; give at least one row for each process")
+        tokens: Dataset | Mixture
+        if isinstance(rows, Dataset):
+            tokens = tokenize_rows(rows, step.encoder, args, objective, name, paired)
+        else:
+            tokens = make_mixture(rows, step.encoder, args, objective)
     tables: list[Dataset | Stream]
     if isinstance(tokens, Mixture):
-        tables, labels, objectives = tokens.tables, tokens.labels, [own or objective for own in tokens.objectives]
+        tables, views, labels = tokens.tables, tokens.views, tokens.labels
+        objectives = [own or objective for own in tokens.objectives]
     else:
-        tables, labels, objectives = [tokens], [name], [objective]
+        tables, views, labels, objectives = [tokens], [max(2, most_texts(tokens))], [name], [objective]
+        if len(tokens) < args.world_size:
+            raise InputError(
+                f"{name}: {len(tokens)} rows for {args.world_size} processes; give at least one row for each process"
+            )
+    if args.same_dropout_mask and (isinstance(tokens, Mixture) or most_texts(tokens) > 1):
+        raise InputError(
+            f"{name}: same_dropout_mask requires rows of a single text, because this text is both views; remove "
+            "same_dropout_mask"
+        )
     check_objectives(objective, objectives, list(zip(tables, views, labels)), step.encoder.full_dimension)
     check_training(args, step.encoder, len(batch_sampler(tokens, args, args.train_batch_size)), name)
     tables, vectors = with_teacher(tables, objectives, args, step.encoder.full_dimension)
@@ -116,50 +127,31 @@ def check_objectives(
             )
 
 
-def tokenize_all(
-    rows: TrainData,
+def tokenize_rows(
+    rows: Dataset,
     encoder: Encoder,
     args: ContrastiveTrainingArguments,
     objective: Objective,
     name: str,
-    paired: bool | None = None,
-) -> tuple[Dataset | Mixture, list[int]]:
-    """Tokenize the rows to train on.
+    paired: bool | None,
+) -> Dataset:
+    """Tokenize one table, which is a source without settings of its own.
 
     Args:
-        rows: one table, or a list of sources, which become a `Mixture`.
+        rows: the table.
         encoder: the encoder whose tokenizer, maximum length and prompts are used.
         args: the training arguments.
-        objective: the objective of rows whose source has none of its own.
+        objective: the objective of the rows.
         name: the name of the rows in messages.
         paired: see `hf_embed.data.columns.text_columns`.
-
-    Returns:
-        The tokenized rows, and the number of texts in a row for each source.
 
     Raises:
         InputError: if anything is wrong with the rows.
     """
     room_for_text(encoder.tokenizer, ["", *encoder.prompts.values()], encoder.max_length)  # raises InputError if there is none
-    if not isinstance(rows, Dataset):
-        if args.same_dropout_mask:
-            raise not_single(name)
-        mixture = make_mixture(rows, encoder, args, objective)
-        return mixture, mixture.views
-    # A table is a source without settings of its own.
     tokens = cast(Dataset, tokenize_source(Source(name, rows), encoder, args, objective, name, paired))
-    texts = most_texts(tokens)
-    if args.same_dropout_mask and texts > 1:
-        raise not_single(name)
     warn_of_truncation({name: truncated_share(tokens)})
-    return tokens, [max(2, texts)]
-
-
-def not_single(name: str) -> InputError:
-    """Return the error for rows of several texts when same_dropout_mask needs rows of a single text."""
-    return InputError(
-        f"{name}: same_dropout_mask requires rows of a single text, because this text is both views; remove same_dropout_mask"
-    )
+    return tokens
 
 
 def check_objective(objective: Objective, tokens: Dataset | Stream, texts_per_row: int, name: str) -> None:
@@ -295,8 +287,6 @@ def make_held_out(
     """
     made = dict(tasks)
     batch_size = args.per_device_eval_batch_size * args.world_size
-    encoding = copy.copy(args)
-    encoding.same_dropout_mask = False  # this setting is for rows of a single text, and held-out rows are pairs
     for name, task in tasks.items():
         if not isinstance(task, HeldOut) or isinstance(task, HeldOutLoss):
             continue
@@ -306,10 +296,9 @@ def make_held_out(
                 "for example, to per_device_train_batch_size"
             )
         with args.main_process_first(desc="tokenizing"), hidden_bars(bool(args.disable_tqdm)):
-            rows, views = tokenize_all(stored_rows(task.rows, name), step.encoder, encoding, objective, name, paired=True)
-        table = cast(Dataset, rows)
+            table = tokenize_rows(stored_rows(task.rows, name), step.encoder, args, objective, name, paired=True)
         check_same_on_ranks(f"{name}: the rows", rows_hash(table))
-        check_objective(objective, table, max(views), name)
+        check_objective(objective, table, max(2, most_texts(table)), name)
         (table,), vectors = with_teacher([table], [objective], args, step.encoder.full_dimension)
         loss = made[name] = HeldOutLoss(table, objective, batch_size, step, args.chunk_tokens, vectors=vectors)
         if args.process_index == 0:
