@@ -460,7 +460,7 @@ def cached_rows(identity: str, features: Features, rows: Iterable[dict]) -> Data
 def stream(paths: list[str], table: Table) -> IterableDataset:
     """Return the rows of text files as a stream, which reads the files again in every pass.
 
-    The first rows determine the columns. Only columns of negatives may begin later (`hf_embed.data.mixture.Stream` refuses
+    The first rows determine the columns. Only columns of negatives may begin later (`hf_embed.data.stream.Stream` refuses
     them, unless the source uses no negatives).
     """
     if kind_of(paths[0]) in SEPARATORS:
