@@ -81,22 +81,7 @@ def text_columns(names: list[str], name: str, paired: bool | None = None, scores
         InputError: if no columns match, if more than one choice is possible, or if an unused column judges the pairs, because
             then some pairs may not be positives.
     """
-    found = by_plain_name(names)
-    single = next((found[column] for column in SINGLE if column in found), None)
-    if single is None and len(names) == 1 and (paired is False or plain(names[0]) not in POSITIVES):
-        single = names[0]
-        if separator := other_separator(single):
-            raise InputError(
-                f"{name}: there is only one column, '{shortened(single)}', and its name contains {SEPARATOR_NAMES[separator]}, "
-                "which may be the separator of the file; write the file again, or rename the column"
-            )
-        if len(single.split()) > NAME_WORDS:
-            raise InputError(
-                f"{name}: there is only one column, '{shortened(single)}'; if this is a text, add a header above it, for "
-                "example text; otherwise rename the column"
-            )
-        if len(single.split()) > 1:
-            logger.warning(f"{name}: '{single}' is read as the name of the only column; if it is a text, add a header above it")
+    single = single_column(names, name, paired)
     pair = None if paired is False else pair_of(names, name, None if paired else single)
     if pair is not None:
         columns = pair + negative_columns(names)
@@ -115,6 +100,33 @@ def text_columns(names: list[str], name: str, paired: bool | None = None, scores
         alone = f"; each row is a single text, '{columns[0]}'" if paired is None and len(columns) == 1 else ""
         logger.warning(f"{name}: columns {', '.join(ignored)} are not used{alone}")
     return columns
+
+
+def single_column(names: list[str], name: str, paired: bool | None) -> str | None:
+    """Return the column of single texts: text or sentence, or the only column, unless its name is that of positives.
+
+    Raises:
+        InputError: if the name of the only column may be a text, or several names.
+    """
+    found = by_plain_name(names)
+    if known := [found[column] for column in SINGLE if column in found]:
+        return known[0]
+    if len(names) != 1 or (paired is not False and plain(names[0]) in POSITIVES):
+        return None
+    only, words = names[0], len(names[0].split())
+    if separator := other_separator(only):
+        raise InputError(
+            f"{name}: there is only one column, '{shortened(only)}', and its name contains {SEPARATOR_NAMES[separator]}, "
+            "which may be the separator of the file; write the file again, or rename the column"
+        )
+    if words > NAME_WORDS:
+        raise InputError(
+            f"{name}: there is only one column, '{shortened(only)}'; if this is a text, add a header above it, for "
+            "example text; otherwise rename the column"
+        )
+    if words > 1:
+        logger.warning(f"{name}: '{only}' is read as the name of the only column; if it is a text, add a header above it")
+    return only
 
 
 def pair_of(names: list[str], name: str, single: str | None = None) -> list[str] | None:
