@@ -138,8 +138,7 @@ class Encoder(nn.Module):
     def _what_is_checked(self) -> tuple[Any, ...]:
         """Return what the check depends on: attention, device, precision, TempScale, layers, pooling, size of the tokenizer."""
         layers = [type(module) for module in self.modules()]
-        scale = applied_tempscale(self.base)
-        return *place_of(self.base), self.dtype, scale, layers, self.pooling, len(self.tokenizer)
+        return *place_of(self.base), self.dtype, applied_tempscale(self.base), layers, self.pooling, len(self.tokenizer)
 
     @property
     def base(self) -> PreTrainedModel:
