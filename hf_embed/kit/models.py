@@ -139,7 +139,7 @@ def add_adapters(encoder: Encoder, model_args: ModelArguments) -> None:
             warnings.simplefilter("ignore", FutureWarning)  # PEFT reads a name that transformers has renamed
             encoder.backbone = cast(PreTrainedModel, get_peft_model(encoder.backbone, config))
     except (ValueError, TypeError) as error:  # for example, PEFT does not support the kind of the module
-        raise InputError(f"--lora_target_modules {' '.join(targets)}: {' '.join(str(error).split())}") from error
+        raise InputError(f"--lora_target_modules {' '.join(targets)}: {error}") from error
 
 
 def check_lora_targets(model: nn.Module, names: Iterable[str]) -> None:
