@@ -49,18 +49,25 @@ class Stream:
             )
         if ranks > 1 and was_split(source.rows):
             raise InputError(f"{source.label}: the stream is split among processes twice; give each process the whole stream")
-        first = list(islice(source.rows, FIRST_ROWS))
-        check_first_texts(first, self.columns, source.label)
+        self.probe(list(islice(source.rows, FIRST_ROWS)))
+
+    def probe(self, first: list[dict]) -> None:
+        """Check the first rows, and store what they tell of all rows.
+
+        Raises:
+            InputError: if something is wrong with one of them, or if there are fewer than two.
+        """
+        check_first_texts(first, self.columns, self.label)
         if len(self.columns) > 1:
             unused = dict.fromkeys(column for row in first for column in row if column not in self.columns)
             warn_of_judgements(first, list(unused), self.label)
         # Whether the cells of positives are lists.
         self.several = any(isinstance(row.get(column), list) for row in first for column in self.columns[1:2])
-        probe = [texts for number, row in enumerate(first, 1) for texts, _ in self.texts(row, f"row {number}")]
-        if max(len(first), len(probe)) < 2:
-            raise too_few_rows(len(probe), source.label)
-        tokens = tokenizer(probe)
-        self.truncated_share = sum(tokens["truncated"]) / max(1, sum(map(len, probe)))
+        texts = [own for number, row in enumerate(first, 1) for own, _ in self.texts(row, f"row {number}")]
+        if max(len(first), len(texts)) < 2:
+            raise too_few_rows(len(texts), self.label)
+        tokens = self.tokenizer(texts)
+        self.truncated_share = sum(tokens["truncated"]) / max(1, sum(map(len, texts)))
         self.probed_ids = pyarrow.chunked_array([tokens["text_ids"]], pyarrow.list_(pyarrow.int64()))  # of the first rows
 
     def __len__(self) -> int:
