@@ -24,13 +24,7 @@ from hf_embed.data.labeled import as_pairs
 from hf_embed.data.python_rows import as_rows
 from hf_embed.data.scores import has_scores
 from hf_embed.data.stream import Stream
-from hf_embed.data.tokenization import (
-    RowTokenizer,
-    most_texts,
-    tokenize_table,
-    truncated_share,
-    warn_of_truncation,
-)
+from hf_embed.data.tokenization import RowTokenizer, most_texts, tokenize_table, truncated_share, warn_of_truncation
 from hf_embed.errors import InputError, errors_of
 from hf_embed.objectives.base import Objective, as_objective
 from hf_embed.progress import hidden_bars, progress_bar
