@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from hf_embed.checkpoint.card import stored_results
+from hf_embed.checkpoint.card import read_results
 from hf_embed.checkpoint.tables import duration
 from hf_embed.errors import InputError
 from hf_embed.evaluation.sts import SEVEN_TASKS
@@ -100,7 +100,7 @@ def joined(parts: Iterable[str]) -> str:
 
 def row_of(paper: str, name: str, folders: list[Path]) -> list[str]:
     """Return the cells of the row of a run."""
-    stages = [(folder, stored_results(folder)) for folder in folders]
+    stages = [(folder, read_results(folder)) for folder in folders]
     for folder, results in stages:
         if not results.get("train"):
             raise InputError(f"{folder}: results.json is missing or has no record of a training; finish the training first")

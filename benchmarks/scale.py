@@ -109,7 +109,7 @@ def measure_step(trainer, batch: dict) -> tuple[float, float]:
 
 def measure_batches(trainer, size: int, args: argparse.Namespace, steps: int) -> dict[str, float]:
     """Return the seconds of the first batch of an epoch, of a further batch, and of a step on it (the best of `steps`)."""
-    from hf_embed.data.training_rows import batch_sampler, make_loader
+    from hf_embed.data.loader import batch_sampler, make_loader
 
     start, rows = time.process_time(), trainer.train_dataset
     batches = iter(make_loader(rows, batch_sampler(rows, trainer.args, size), trainer.data_collator, trainer.args))

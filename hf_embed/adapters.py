@@ -19,9 +19,8 @@ from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_embed.errors import InputError
+from hf_embed.errors import InputError, first_line
 from hf_embed.library_internals import forget_adapters
-from hf_embed.read_files import first_line
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -29,6 +28,12 @@ Model = TypeVar("Model", bound=nn.Module)
 def has_adapters(model: PreTrainedModel) -> bool:
     """Return whether PEFT has put adapters around `model` or inside it."""
     return hasattr(model, "peft_config")
+
+
+def base_of(model: nn.Module) -> PreTrainedModel:
+    """Return the model inside a PEFT model; return any other model unchanged."""
+    whole: Any = model
+    return whole.get_base_model() if hasattr(whole, "get_base_model") else whole
 
 
 def configs_of(backbone: PreTrainedModel) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from hf_embed.disk import disk_errors
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.fingerprint import described
-from hf_embed.training_record import on_the_hub, shown
+from hf_embed.training_record import on_the_hub, publishable
 
 
 def average_models(
@@ -58,7 +58,7 @@ def average_models(
             tensor.mul_(shares[0])
     for name, share in zip(others, shares[1:]):
         encoder = Encoder.from_pretrained(name, **load)  # type: ignore[arg-type]
-        check_same(described(encoder), expected, name, first)
+        check_can_be_averaged(described(encoder), expected, name, first)
         add(total, tensors_of(encoder), share, name, first)
     return average
 
@@ -76,7 +76,7 @@ def save_average(encoder: Encoder, folder: str | Path, names: Sequence[str], wei
         ExportError: if other loaders would compute other vectors.
         DiskError: if the disk is full or a file may not be written.
     """
-    averaged = [{"model": shown(name), "share": share} for name, share in zip(names, shares_of(names, weights))]
+    averaged = [{"model": publishable(name), "share": share} for name, share in zip(names, shares_of(names, weights))]
     results: Results = {"averaged": averaged, "card": {"tags": ["merge"]}}
     if bases := [name for name in names if on_the_hub(name)]:
         results["card"]["base_model"] = bases
@@ -104,7 +104,7 @@ def shares_of(names: Sequence[str | Path], weights: Sequence[float] | None) -> l
 # ---- what has to be the same ----
 
 
-def check_same(found: dict[str, Any], expected: dict[str, Any], name: str, first: str) -> None:
+def check_can_be_averaged(found: dict[str, Any], expected: dict[str, Any], name: str, first: str) -> None:
     """Raise InputError, with the name of the first difference, if two models cannot be averaged."""
     key = next((key for key, value in expected.items() if found[key] != value), None)
     if key is None:

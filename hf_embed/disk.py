@@ -96,7 +96,7 @@ def refusal(reason: str, file: Path, places: list[Path]) -> str:
     written = mend != ANOTHER_FOLDER or any(Path(os.path.abspath(file)).is_relative_to(os.path.abspath(p)) for p in places)
     if reason == REFUSED[errno.EACCES]:
         mend = f"give this user access to it{f', or {mend}' if written else ''}"
-    return f"{shortened(file)}: {reason}; {mend}"
+    return f"{short_path(file)}: {reason}; {mend}"
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
@@ -140,7 +140,7 @@ def full_message(reason: str, place: Path) -> str:
     """Return the line about a file system that has no room for a file."""
     mount = mount_of(place)
     free = free_of(mount)
-    return f"{reason} (at {shortened(place)}): the file system {mount} has {free}; {AGAIN}, or {another_place(place)}"
+    return f"{reason} (at {short_path(place)}): the file system {mount} has {free}; {AGAIN}, or {another_place(place)}"
 
 
 def free_of(mount: Path) -> str:
@@ -206,7 +206,7 @@ def size(count: float) -> str:
     return f"{count / 1e3:.0f} kB"
 
 
-def shortened(path: str | Path) -> str:
+def short_path(path: str | Path) -> str:
     """Return a path for a message, without its middle if it is long."""
     name = str(path)
     return name if len(name) <= 200 else f"{name[:80]} ... {name[-80:]}"
@@ -225,7 +225,7 @@ def check_folder(folder: str | Path, name: str = "output_dir") -> None:
     Raises:
         InputError: if files cannot be written there.
     """
-    said = f"{name} {shortened(folder)}"
+    said = f"{name} {short_path(folder)}"
     if "\0" in str(folder):
         raise InputError(f"{name} {str(folder)!r}: a name cannot contain a NUL byte; give another folder")
     found = nearest(Path(folder))
@@ -251,7 +251,7 @@ def check_output_file(file: str | Path, name: str) -> None:
     """
     path = Path(file)
     if path.exists() and not path.is_file():
-        raise InputError(f"{name} {shortened(file)}: this is a {'folder' if path.is_dir() else 'device'}; name a file")
+        raise InputError(f"{name} {short_path(file)}: this is a {'folder' if path.is_dir() else 'device'}; name a file")
     check_folder(path.parent, f"the folder of {name}")
 
 
@@ -265,4 +265,4 @@ def lack_of_room(folder: str | Path, needed: int, what: str) -> str | None:
     left = [path for path in Path(folder).glob(f"{SAVING}*/**/*") if path.is_file() and not path.is_symlink()]
     if shutil.disk_usage(mount).free + sum(path.stat().st_size for path in left) >= needed:
         return None
-    return f"{shortened(folder)}: {what} about {size(needed)}, but the file system {mount} has {free_of(mount)}"
+    return f"{short_path(folder)}: {what} about {size(needed)}, but the file system {mount} has {free_of(mount)}"

@@ -110,7 +110,7 @@ def gather_objects(thing: Gathered) -> list[Gathered]:
     return gathered
 
 
-def check_same(what: str, value: Hashable) -> None:
+def check_same_on_ranks(what: str, value: Hashable) -> None:
     """Raise InputError on every rank if `value` is not the same on all of them. Every rank must call this.
 
     `what` names it in the message, in the plural.

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_embed.activations import Activations, ChunkEncoder
+from hf_embed.adapters import base_of
 from hf_embed.chunking import default_chunk_tokens, encode_in_chunks
 from hf_embed.disk import disk_errors
 from hf_embed.encoding import (
@@ -25,9 +26,9 @@ from hf_embed.encoding import (
     Texts,
     Tokens,
     check_arguments,
-    check_output,
+    check_encode_options,
+    check_encoder_settings,
     check_prompt,
-    check_settings,
     check_sizes,
     embed_tokens,
     encode_by_length,
@@ -44,7 +45,7 @@ from hf_embed.forward_check import check_kernel, measure
 from hf_embed.packed_attention import CannotPack
 from hf_embed.packing import Numbering, Packable, Packing, place_of, precision, ways_to_pack
 from hf_embed.pooling import POOLINGS, Dense, check_pooling, states_to_pool
-from hf_embed.tempscale.attention import applied_tempscale, apply_stated, base_of
+from hf_embed.tempscale.attention import applied_tempscale, apply_stated
 from hf_embed.text_models import attend_fully, check_max_length, is_remote, text_encoder, with_padding, without_head
 from hf_embed.vectors import SIMILARITIES, Compare, Vectors, as_floats, as_matrix, check_widths, precision_of, quantize
 
@@ -97,7 +98,7 @@ class Encoder(nn.Module):
     ):
         super().__init__()
         check_pooling(pooling)
-        check_settings(normalize, prompts, truncate_dim, similarity_fn_name)
+        check_encoder_settings(normalize, prompts, truncate_dim, similarity_fn_name)
         self.backbone = text_encoder(without_head(backbone))
         apply_stated(self.base)
         self.tokenizer = with_padding(tokenizer)
@@ -137,8 +138,7 @@ class Encoder(nn.Module):
     def _what_is_checked(self) -> tuple[Any, ...]:
         """Return what the check depends on: attention, device, precision, TempScale, layers, pooling, size of the tokenizer."""
         layers = [type(module) for module in self.modules()]
-        scale = applied_tempscale(self.base)
-        return *place_of(self.base), self.dtype, scale, layers, self.pooling, len(self.tokenizer)
+        return *place_of(self.base), self.dtype, applied_tempscale(self.base), layers, self.pooling, len(self.tokenizer)
 
     @property
     def base(self) -> PreTrainedModel:
@@ -350,7 +350,7 @@ class Encoder(nn.Module):
         else:
             check_arguments(others, convert_to_tensor)
         check_sizes(batch_size, chunk_tokens)
-        check_output(self, truncate_dim, normalize, precision)
+        check_encode_options(self, truncate_dim, normalize, precision)
         before = self.prompt(prompt_name) if prompt is None else prompt
         check_prompt(before)
         if before:

@@ -26,9 +26,8 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_embed.adapters import copy_of
 from hf_embed.distributed import on_cpu
-from hf_embed.errors import InputError, utf8
-from hf_embed.ranges import COUNT, is_one_of
-from hf_embed.read_files import first_line
+from hf_embed.errors import InputError, first_line, utf8
+from hf_embed.ranges import COUNT, check_one_of
 from hf_embed.vectors import SIMILARITIES, check_packable, check_precision
 
 if TYPE_CHECKING:
@@ -106,7 +105,7 @@ def check_sizes(batch_size: int, chunk_tokens: int | None) -> None:
             raise InputError(f"{name} is {size!r}; it must be {COUNT}")
 
 
-def check_settings(normalize: Any, prompts: Any, truncate_dim: Any, similarity_fn_name: Any) -> None:
+def check_encoder_settings(normalize: Any, prompts: Any, truncate_dim: Any, similarity_fn_name: Any) -> None:
     """Raise InputError for settings that no `Encoder` can have; the arguments are those of `Encoder`."""
     if normalize not in (True, False):
         raise InputError(f"normalize is {normalize!r}; it must be True or False")
@@ -117,8 +116,7 @@ def check_settings(normalize: Any, prompts: Any, truncate_dim: Any, similarity_f
         check_prompt(prompt)
     if truncate_dim is not None and not (type(truncate_dim) is int and truncate_dim > 0):
         raise InputError(f"truncate_dim is {truncate_dim!r}; give the number of dimensions to keep, or None")
-    if not is_one_of(similarity_fn_name, SIMILARITIES):
-        raise InputError(f"unknown similarity_fn_name {similarity_fn_name!r}; use one of {', '.join(SIMILARITIES)}")
+    check_one_of("similarity_fn_name", similarity_fn_name, SIMILARITIES)
 
 
 def check_prompt(prompt: Any) -> None:
@@ -311,7 +309,7 @@ def on_cpu_by_default() -> AbstractContextManager:
     return contextlib.nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
 
 
-def check_output(encoder: "Encoder", truncate_dim: int | None, normalize: bool | None, precision: str) -> None:
+def check_encode_options(encoder: "Encoder", truncate_dim: int | None, normalize: bool | None, precision: str) -> None:
     """Raise InputError for options that `Encoder.encode` cannot fulfill; the arguments are those of `encode`."""
     most, name = encoder.full_dimension, encoder.similarity_fn_name
     if normalize not in (None, True, False):

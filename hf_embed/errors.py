@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 # Parts: scheme; user name and password; host and path; query and fragment, without punctuation of the surrounding sentence.
@@ -37,9 +37,32 @@ def masked(text: str, *addresses: str) -> str:
     return HUB_TOKEN.sub("***", ADDRESS.sub(r"\1\2", text))
 
 
-def in_short(error: BaseException) -> str:
-    """Return the message of an error in one line of at most 200 characters."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its type if the message is empty.
+
+    This suits most errors of libraries: the lines after the first are advice for other users.
+    """
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def in_short(error: BaseException | str) -> str:
+    """Return all lines of an error, or of its message, as one line of at most 200 characters, without secrets.
+
+    This suits errors whose first line is only a heading, such as those of `load_state_dict`.
+    """
+    return masked(" ".join(str(error).split()))[:200] or type(error).__name__
+
+
+def shortened(text: str) -> str:
+    """Return the beginning of a text that a message quotes: at most 60 characters, on one line."""
+    start = " ".join(text[:61].split())
+    return start if len(text) <= 60 else f"{start[:60]}..."
+
+
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """Return the first names of a list and the number of the others, for a message: 'a', 'b', 'c' and 11 more."""
+    shown = ", ".join(f"'{name}'" for name in names[:most])
+    return f"{shown} and {len(names) - most:,} more" if len(names) > most else shown
 
 
 def without_secrets(settings: Settings) -> Settings:

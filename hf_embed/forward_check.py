@@ -36,14 +36,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel
 
+from hf_embed.adapters import base_of
 from hf_embed.encoding import evaluating, on_cpu_by_default
-from hf_embed.errors import InputError
+from hf_embed.errors import InputError, first_line
 from hf_embed.exact import exact_products, in_float32
 from hf_embed.library_internals import attention_backend, plain_attention
 from hf_embed.packing import Packable, after_padding, precision, rounds_to_half, row_size, ways_to_pack
 from hf_embed.pooling import Dense
-from hf_embed.read_files import first_line
-from hf_embed.tempscale.attention import base_of
 from hf_embed.word_table import Replaced, word_table
 
 if TYPE_CHECKING:

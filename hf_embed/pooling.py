@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hf_embed.errors import InputError
-from hf_embed.ranges import is_one_of
+from hf_embed.ranges import check_one_of
 
 
 @dataclass(frozen=True)
@@ -171,8 +170,7 @@ class Dense(nn.Module):
 
 def check_pooling(pooling: str) -> None:
     """Raise InputError, with the names of all poolings, if a name is not in the table."""
-    if not is_one_of(pooling, POOLINGS):
-        raise InputError(f"unknown pooling '{pooling}'; use one of {', '.join(POOLINGS)}")
+    check_one_of("pooling", pooling, POOLINGS)
 
 
 def pool(pooling: str, hidden_states: tuple[Tensor, ...], mask: Tensor) -> Tensor:

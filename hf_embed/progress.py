@@ -5,8 +5,10 @@ stderr is not a terminal (for example a log file), except in notebooks, nor insi
 """
 
 import contextlib
+import io
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -93,6 +95,19 @@ def quiet_libraries() -> Iterator[None]:
             yield
     finally:
         set_tqdm_hook(before)
+
+
+@contextlib.contextmanager
+def silent_libraries() -> Iterator[None]:
+    """Hide all that libraries print and log inside a `with` block. This is for results that are checked afterwards."""
+    disabled, printed = logging.root.manager.disable, io.StringIO()
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from numbers import Integral, Real
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 import numpy as np
 
@@ -54,7 +54,7 @@ class Range:
 
 
 COUNT = Range(least=1, whole=True)
-POSITIVE = Range(above=0)
+ABOVE_ZERO = Range(above=0)
 FINITE = Range()
 SEED = Range(least=0, most=2**32 - 1, whole=True)  # the seeds that NumPy accepts
 
@@ -64,8 +64,16 @@ def is_one_of(value: Any, names: Iterable[str]) -> bool:
     return isinstance(value, str) and value in names
 
 
+def check_one_of(what: str, value: Any, names: Iterable[str]) -> None:
+    """Raise InputError, with all names, if a value is not one of some names. `what` says in the message what they name."""
+    if not is_one_of(value, names):
+        raise InputError(f"unknown {what} {value!r}; use one of {', '.join(names)}")
+
+
 def check_ranges(settings: Any, ranges: dict[str, Range]) -> None:
-    """Check the fields of a dataclass: numbers against `ranges`, names against the field's choices, and switches.
+    """Check the fields of a dataclass: numbers against `ranges`, names against the choices, and switches.
+
+    The choices of a name are those of its type, such as `Literal["dot", "cosine"]`, or the `choices` of its `setting`.
 
     A number of NumPy becomes a number of Python, because JSON files and other libraries accept no other.
 
@@ -85,7 +93,7 @@ def check_ranges(settings: Any, ranges: dict[str, Range]) -> None:
             setattr(settings, name, value)
         if value is None and (field.default is None or type(None) in get_args(types[field.name])):
             continue
-        choices = field.metadata.get("choices")
+        choices = field.metadata.get("choices") or (get_args(types[name]) if get_origin(types[name]) is Literal else ())
         if choices and not is_one_of(value, choices):
             raise InputError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
         if types[field.name] is bool and isinstance(value, str):

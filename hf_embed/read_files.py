@@ -20,7 +20,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from hf_embed.errors import InputError
+from hf_embed.errors import InputError, first_line
 
 # The beginning of a pointer file. Git leaves such a file in place of each file that Git LFS has not fetched.
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -35,11 +35,6 @@ OTHER_KINDS = {
 }
 COPY_ANEW = "correct it or copy it again"
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or the name of its type if the message is empty."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def kind_of(path: str) -> str:

@@ -29,8 +29,9 @@ from transformers import PreTrainedModel, Trainer
 
 from hf_embed.adapters import configs_of, has_adapters
 from hf_embed.arguments import ContrastiveTrainingArguments
-from hf_embed.data.mixture import Mixture, Stream, data_seed
+from hf_embed.data.mixture import Mixture, data_seed
 from hf_embed.data.sampling import GlobalBatchSampler, SourceBatchSampler
+from hf_embed.data.stream import Stream
 from hf_embed.dropout import dropout_rates
 from hf_embed.errors import InputError
 from hf_embed.objectives import Objective

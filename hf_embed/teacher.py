@@ -25,8 +25,8 @@ from datasets import Dataset
 from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.checkpoint.load import load_encoder
 from hf_embed.data.cache import cache_folder
-from hf_embed.data.vector_file import VectorFile
-from hf_embed.distributed import check_same, gather_objects, get_rank
+from hf_embed.data.teacher_vectors import TeacherVectors
+from hf_embed.distributed import check_same_on_ranks, gather_objects, get_rank
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.objectives import Objective
@@ -43,7 +43,7 @@ ROWS_AT_ONCE = 10_000  # rows of a table that are read at a time
 
 def with_teacher(
     tables: list[Any], objectives: list[Objective], args: ContrastiveTrainingArguments, width: int
-) -> tuple[list[Any], dict[str, VectorFile]]:
+) -> tuple[list[Any], dict[str, TeacherVectors]]:
     """Replace the column `texts` of tables by what their objectives need of the teacher. Every rank calls this.
 
     Args:
@@ -75,14 +75,14 @@ def with_teacher(
     file = vectors_of(teacher, texts)
     if get_rank() == 0:
         logger.info(f"teacher {args.teacher}: the vectors of {len(texts):,} texts are in {file}")
-    vectors, wanted = VectorFile(file), {need for i in waiting for need in objectives[i].needs}
+    vectors, wanted = TeacherVectors(file), {need for i in waiting for need in objectives[i].needs}
     for i, of_table in zip(waiting, numbers):
         table, needed = tables[i].remove_columns("texts"), objectives[i].needs
         if "scores" in needed and "scores" not in table.column_names:
             table = table.add_column("scores", cosines(vectors, of_table))
         made[i] = table if {"teacher", "target"}.isdisjoint(needed) else table.add_column("vectors", of_table)
     found = {"teacher": vectors} if "teacher" in wanted else {}
-    return made, found | ({"target": VectorFile(file, width)} if "target" in wanted else {})
+    return made, found | ({"target": TeacherVectors(file, width)} if "target" in wanted else {})
 
 
 def load_teacher(name: str, device: torch.device) -> Encoder:
@@ -95,7 +95,7 @@ def load_teacher(name: str, device: torch.device) -> Encoder:
 def vectors_of(teacher: Encoder, texts: list[str]) -> Path:
     """Return the file with the vectors of the texts, (M, E). Encode the texts if there is no such file yet."""
     identity = identity_of(teacher, texts, OPTIONS, "the texts")
-    check_same("the teacher or the training texts", identity)
+    check_same_on_ranks("the teacher or the training texts", identity)
     file = cache_folder() / "teachers" / f"{identity}.npy"
     file.parent.mkdir(parents=True, exist_ok=True)
     while not gather_objects(file.is_file())[0]:  # all ranks go by the main process
@@ -133,7 +133,7 @@ def number_texts(tables: Sequence[Dataset], query: str, document: str) -> tuple[
     return list(known), numbers
 
 
-def cosines(vectors: VectorFile, rows: list[list[int]]) -> list[list[float]]:
+def cosines(vectors: TeacherVectors, rows: list[list[int]]) -> list[list[float]]:
     """Return the cosine similarity of the first text of each row with each further text of the row.
 
     Args:

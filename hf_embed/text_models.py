@@ -10,12 +10,11 @@ from typing import Any, cast
 import transformers
 from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_embed.adapters import check_kinds, has_adapters
+from hf_embed.adapters import base_of, check_kinds, has_adapters
 from hf_embed.encoding import room_for_text
 from hf_embed.errors import InputError
 from hf_embed.library_internals import saves_its_code, uncompiled
 from hf_embed.ranges import COUNT, out_of_range
-from hf_embed.tempscale.attention import base_of
 
 logger = logging.getLogger(__name__)
 

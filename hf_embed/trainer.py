@@ -23,8 +23,7 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainerCallbac
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PredictionOutput
 
-from hf_embed import trainer_inputs as inputs
-from hf_embed import trainer_rows
+from hf_embed import trainer_inputs, trainer_rows
 from hf_embed.adapters import has_adapters, in_4_bits, without_weights
 from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.checkpoint.layout import strip_prefix
@@ -32,9 +31,9 @@ from hf_embed.checkpoint.save import save_encoder
 from hf_embed.checkpoint.training_state import load_training_state, save_training_tensors
 from hf_embed.checkpoint.whole import ASIDE, step_of
 from hf_embed.data.collator import RaggedCollator, further_arguments, to_rows
+from hf_embed.data.loader import batch_sampler, make_loader
 from hf_embed.data.mixture import Mixture
 from hf_embed.data.python_rows import RowData
-from hf_embed.data.training_rows import batch_sampler, make_loader
 from hf_embed.distributed import gather_rows, take_weights_of_main
 from hf_embed.encoding import embed_tokens, tokenize_texts
 from hf_embed.errors import InputError, without_secrets
@@ -72,7 +71,7 @@ class ContrastiveTrainer(GuardedTrainer):
         train_dataset: one of
 
             - a `datasets.Dataset` of texts with the columns anchor, positive and negatives, or with the column text alone
-              (`hf_embed.data.sources` lists the accepted columns). The trainer tokenizes it once;
+              (`hf_embed.data.known_columns` lists the accepted ones). The trainer tokenizes it once;
             - a pandas DataFrame, a list, or the path of a file (`hf_embed.data.python_rows`);
             - many sources: a dict from names to the kinds above, or a list of `Source`. Each batch comes from one source.
 
@@ -126,16 +125,17 @@ class ContrastiveTrainer(GuardedTrainer):
         compute_metrics: Callable[[EvalPrediction], Mapping[str, float]] | None = None,
         **unknown: Any,
     ):
-        inputs.refuse_unknown(unknown)
-        tasks = inputs.with_metrics(inputs.as_tasks(eval_dataset), compute_metrics)
-        args = inputs.as_arguments(args, tasks)
+        trainer_inputs.refuse_unknown(unknown)
+        tasks = trainer_inputs.with_metrics(trainer_inputs.as_tasks(eval_dataset), compute_metrics)
+        args = trainer_inputs.as_arguments(args, tasks)
         check_settings(args, tasks, self.other_metrics)
-        self.main_objective = inputs.checked_objective(objective)
-        optimizers = inputs.checked_optimizers(optimizers, args)
-        model = inputs.first_model(model, model_init, optimizers)
+        self.main_objective = trainer_inputs.checked_objective(objective)
+        optimizers = trainer_inputs.checked_optimizers(optimizers, args)
+        model = trainer_inputs.first_model(model, model_init, optimizers)
         self.tokenizer_of_models = processing_class
-        rows = inputs.as_train_data(train_dataset, train_name, args)
-        self.step = make_step(*inputs.as_model(model, processing_class, args), args, self.main_objective)
+        rows = trainer_inputs.as_train_data(train_dataset, train_name, args)
+        model, tokenizer = trainer_inputs.as_model(model, processing_class, args)
+        self.step = make_step(model, tokenizer, args, self.main_objective)
         self.encoder = self.step.encoder
         add_own_parameters(*optimizers, self.step)
         check_output(args, self.step, optimizers[0], trains=rows is not None)
@@ -178,8 +178,9 @@ class ContrastiveTrainer(GuardedTrainer):
 
     def call_model_init(self, trial: Any = None) -> TrainingStep:
         """Make the model anew, with the heads that the objective needs. Trainer calls this before each training."""
-        model = super().call_model_init(trial)
-        self.step = make_step(*inputs.as_model(model, self.tokenizer_of_models, self.args), self.args, self.main_objective)
+        given = super().call_model_init(trial)
+        model, tokenizer = trainer_inputs.as_model(given, self.tokenizer_of_models, self.args)
+        self.step = make_step(model, tokenizer, self.args, self.main_objective)
         trainer_rows.check_same_tokens(self.encoder, self.step.encoder)
         self.encoder, self.step.sharded = self.step.encoder, self.sharded
         return self.step
@@ -218,7 +219,7 @@ class ContrastiveTrainer(GuardedTrainer):
         first_row = args.process_index * len(rows)
         given = {"temperature": outputs["temperature"]} if "temperature" in outputs else {}
         objective = self.objectives[inputs["source"]]
-        given |= further_arguments(inputs["further"], objective.needs)
+        given |= further_arguments(inputs["further"], objective.needs, gather_rows)
         loss = objective(rows, text_ids, gather_rows(rows), gather_rows(text_ids), first_row, **given)
         # DDP averages gradients over ranks. The factor world_size cancels that, which leaves the mean over all masked tokens.
         if mlm is not None:

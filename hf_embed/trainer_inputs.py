@@ -20,9 +20,8 @@ from hf_embed.checkpoint.load import load_encoder, load_tokenizer
 from hf_embed.checkpoint.settings import has_mlp_head
 from hf_embed.data.columns import ACCEPTED, judging_columns, text_columns
 from hf_embed.data.labeled import are_graded, labeled_layout
-from hf_embed.data.mixture import Source
+from hf_embed.data.mixture import Source, TrainData
 from hf_embed.data.python_rows import RowData, as_rows, described, is_frame
-from hf_embed.data.training_rows import TrainData
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.evaluation.held_out import HeldOut

@@ -1,30 +1,34 @@
 """The rows of a trainer: for training, for the loss on held-out rows, and for `predict`."""
 
-import copy
 import logging
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
+import pyarrow.compute
 from datasets import Dataset
 from transformers.trainer_utils import PredictionOutput, speed_metrics
 
 from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.data.columns import text_columns
-from hf_embed.data.mixture import Mixture, Stream
+from hf_embed.data.loader import batch_sampler
+from hf_embed.data.mixture import Mixture, Source, TrainData, has_several_positives, make_mixture, tokenize_source
 from hf_embed.data.python_rows import RowData
 from hf_embed.data.sources import texts_of
-from hf_embed.data.training_rows import TrainData, batch_sampler, check_objective, tokenize_all
-from hf_embed.data.vector_file import VectorFile
-from hf_embed.distributed import check_same
+from hf_embed.data.stream import Stream
+from hf_embed.data.teacher_vectors import TeacherVectors
+from hf_embed.data.tokenization import most_texts, truncated_share, warn_of_truncation
+from hf_embed.distributed import check_same_on_ranks, get_rank
 from hf_embed.encoder import Encoder
+from hf_embed.encoding import room_for_text
 from hf_embed.errors import InputError
 from hf_embed.evaluation.held_out import HeldOut, HeldOutLoss, seen_in_training
 from hf_embed.evaluation.sts import STS
 from hf_embed.evaluation.tasks import Embed, Task, embed_on_all_ranks
 from hf_embed.fingerprint import tokenizer_facts
 from hf_embed.objectives import Objective
+from hf_embed.objectives.base import FunctionObjective, check_other_positives
 from hf_embed.progress import hidden_bars
 from hf_embed.resume import rows_hash
 from hf_embed.step import TrainingStep
@@ -36,6 +40,197 @@ if TYPE_CHECKING:
     from hf_embed.guarded_trainer import GuardedTrainer
 
 logger = logging.getLogger(__name__)
+
+
+# ---- training rows ----
+
+
+class TrainingRows(NamedTuple):
+    """The training rows, ready for the trainer. Lists have an entry for each source."""
+
+    tokens: Dataset | Mixture | None  # the tokenized rows; None: the trainer only evaluates
+    views: list[int]  # the largest number of texts in a row
+    objectives: list[Objective]
+    vectors: dict[str, TeacherVectors]  # a teacher's vectors; see `RaggedCollator`
+
+
+def read_training_rows(
+    rows: TrainData | None,
+    step: TrainingStep,
+    args: ContrastiveTrainingArguments,
+    objective: Objective,
+    name: str,
+    paired: bool | None,
+) -> TrainingRows:
+    """Tokenize and check the training rows.
+
+    Raises:
+        InputError: if something is wrong with the rows, or if the run would train nothing.
+    """
+    if rows is None:
+        return TrainingRows(None, [2], [objective], {})
+    check_batch(args)
+    with args.main_process_first(desc="tokenizing"), hidden_bars(bool(args.disable_tqdm)):
+        tokens: Dataset | Mixture
+        if isinstance(rows, Dataset):
+            tokens = tokenize_rows(rows, step.encoder, args, objective, name, paired)
+        else:
+            tokens = make_mixture(rows, step.encoder, args, objective)
+    tables: list[Dataset | Stream]
+    if isinstance(tokens, Mixture):
+        tables, views, labels = tokens.tables, tokens.views, tokens.labels
+        objectives = [own or objective for own in tokens.objectives]
+    else:
+        tables, views, labels, objectives = [tokens], [max(2, most_texts(tokens))], [name], [objective]
+        if len(tokens) < args.world_size:
+            raise InputError(
+                f"{name}: {len(tokens)} rows for {args.world_size} processes; give at least one row for each process"
+            )
+    if args.same_dropout_mask and (isinstance(tokens, Mixture) or most_texts(tokens) > 1):
+        raise InputError(
+            f"{name}: same_dropout_mask requires rows of a single text, because this text is both views; remove "
+            "same_dropout_mask"
+        )
+    check_objectives(objective, objectives, list(zip(tables, views, labels)), step.encoder.full_dimension)
+    check_training(args, step.encoder, len(batch_sampler(tokens, args, args.train_batch_size)), name)
+    tables, vectors = with_teacher(tables, objectives, args, step.encoder.full_dimension)
+    if isinstance(tokens, Mixture):
+        tokens.tables = tables
+    else:
+        tokens = cast(Dataset, tables[0])
+    return TrainingRows(tokens, views, objectives, vectors)
+
+
+def check_objectives(
+    main: Objective, objectives: list[Objective], sources: list[tuple[Dataset | Stream, int, str]], width: int
+) -> None:
+    """Check that the objective of each source suits its rows and the model.
+
+    Args:
+        main: the objective of the trainer.
+        objectives: the objective of each source.
+        sources: the tokenized rows of each source, the number of texts in its largest row, and its name in messages.
+        width: the width of the embedding.
+
+    Raises:
+        InputError: if one does not suit.
+    """
+    for own, (table, texts, label) in zip(objectives, sources):
+        if "scores" not in own.needs:  # then it is enough if one of the sources with this objective has negatives, say
+            texts = max(views for other, (_, views, _) in zip(objectives, sources) if other is own)
+        check_objective(own, table, texts, label)
+        own.check_width(width)
+        if own is not main and (own.learn_temperature or own.mlm_weight or main.learn_temperature):
+            raise InputError(
+                f"{label}: if a source has its own objective, no temperature can be learned, and only the objective of the "
+                "trainer can add masked language modeling; turn learn_temperature off, and set mlm_weight there"
+            )
+
+
+def tokenize_rows(
+    rows: Dataset,
+    encoder: Encoder,
+    args: ContrastiveTrainingArguments,
+    objective: Objective,
+    name: str,
+    paired: bool | None,
+) -> Dataset:
+    """Tokenize one table, which is a source without settings of its own.
+
+    Args:
+        rows: the table.
+        encoder: the encoder whose tokenizer, maximum length and prompts are used.
+        args: the training arguments.
+        objective: the objective of the rows.
+        name: the name of the rows in messages.
+        paired: see `hf_embed.data.columns.text_columns`.
+
+    Raises:
+        InputError: if anything is wrong with the rows.
+    """
+    room_for_text(encoder.tokenizer, ["", *encoder.prompts.values()], encoder.max_length)  # raises InputError if there is none
+    tokens = cast(Dataset, tokenize_source(Source(name, rows), encoder, args, objective, name, paired))
+    warn_of_truncation({name: truncated_share(tokens)})
+    return tokens
+
+
+def check_objective(objective: Objective, tokens: Dataset | Stream, texts_per_row: int, name: str) -> None:
+    """Check that an objective suits the tokenized rows.
+
+    Args:
+        objective: the objective of the rows.
+        tokens: the tokenized rows of a table or a stream.
+        texts_per_row: the number of texts in the largest row.
+        name: the name of the rows in messages.
+
+    Raises:
+        InputError: if the objective does not suit the rows.
+    """
+    objective.check_rows(texts_per_row, name)
+    of_user = isinstance(objective, FunctionObjective)  # which may need no negatives
+    if get_rank() == 0 and not of_user and not {"scores", "target", "teacher"}.intersection(objective.needs):
+        warn_without_negatives(tokens.probed_ids if isinstance(tokens, Stream) else tokens.data["text_ids"], objective, name)
+    if "scores" in objective.needs and isinstance(tokens, Dataset) and "scores" in tokens.column_names:
+        refuse_equal_scores(tokens, name)
+    if has_several_positives(tokens):
+        check_other_positives(objective, name)
+
+
+def refuse_equal_scores(tokens: Dataset, name: str) -> None:
+    """Raise InputError if all scores of a table are equal, because no order can be learned from them."""
+    scores = pyarrow.compute.list_flatten(tokens.with_format("arrow")[:]["scores"])
+    if are_equal(scores):
+        raise InputError(
+            f"{name}: all scores are {scores[0].as_py():g}, so there is nothing to learn; give rows with other scores"
+        )
+
+
+def warn_without_negatives(text_ids: pyarrow.ChunkedArray, objective: Objective, name: str) -> None:
+    """Log a warning if no row can have a negative, because the positives, or the anchors, of all rows are the same text.
+
+    Args:
+        text_ids: the text hashes of each row: of a table, or of the first rows of a stream.
+        objective: the objective of the rows.
+        name: the name of the rows in messages.
+    """
+    if len(text_ids) < 2:
+        return
+    most = pyarrow.compute.max(pyarrow.compute.list_value_length(text_ids)).as_py()
+    candidates = pyarrow.compute.list_flatten(pyarrow.compute.list_slice(text_ids, min(1, most - 1)))
+    same = None
+    if are_equal(candidates):
+        same = "positives"
+    elif most == 2 and objective.mask_other_positives and are_equal(pyarrow.compute.list_element(text_ids, 0)):
+        same = "anchors"
+    if same:
+        logger.warning(
+            f"{name}: the {same} of all rows are the same text (after truncation to max_length tokens), so no row of a batch "
+            f"has a negative, and nothing can be learned; give rows with different {same}, or raise max_length"
+        )
+
+
+def are_equal(numbers: pyarrow.ChunkedArray) -> bool:
+    """Return whether all numbers are equal."""
+    limits = pyarrow.compute.min_max(numbers).as_py()
+    return limits["min"] == limits["max"]
+
+
+def check_same_tokens(first: Encoder, encoder: Encoder) -> None:
+    """Raise InputError if a model of `model_init` needs other tokens than the first one, for which the rows were tokenized."""
+    same = {
+        "max_length": first.max_length == encoder.max_length,
+        "prompts": first.prompts == encoder.prompts,
+        "tokenizer": first.tokenizer is encoder.tokenizer
+        or tokenizer_facts(first.tokenizer) == tokenizer_facts(encoder.tokenizer),
+    }
+    if other := [name for name, unchanged in same.items() if not unchanged]:
+        raise InputError(
+            f"model_init returns models with different {other[0]}, but the rows are tokenized once, when the trainer is made; "
+            "make a trainer for each"
+        )
+
+
+# ---- evaluation sets and held-out rows ----
 
 
 def own_tasks(trainer: "GuardedTrainer") -> dict[str, Task]:
@@ -92,8 +287,6 @@ def make_held_out(
     """
     made = dict(tasks)
     batch_size = args.per_device_eval_batch_size * args.world_size
-    encoding = copy.copy(args)
-    encoding.same_dropout_mask = False  # this setting is for rows of a single text, and held-out rows are pairs
     for name, task in tasks.items():
         if not isinstance(task, HeldOut) or isinstance(task, HeldOutLoss):
             continue
@@ -103,10 +296,9 @@ def make_held_out(
                 "for example, to per_device_train_batch_size"
             )
         with args.main_process_first(desc="tokenizing"), hidden_bars(bool(args.disable_tqdm)):
-            rows, views = tokenize_all(stored_rows(task.rows, name), step.encoder, encoding, objective, name, paired=True)
-        table = cast(Dataset, rows)
-        check_same(f"{name}: the rows", rows_hash(table))
-        check_objective(objective, table, max(views), name)
+            table = tokenize_rows(stored_rows(task.rows, name), step.encoder, args, objective, name, paired=True)
+        check_same_on_ranks(f"{name}: the rows", rows_hash(table))
+        check_objective(objective, table, max(2, most_texts(table)), name)
         (table,), vectors = with_teacher([table], [objective], args, step.encoder.full_dimension)
         loss = made[name] = HeldOutLoss(table, objective, batch_size, step, args.chunk_tokens, vectors=vectors)
         if args.process_index == 0:
@@ -123,89 +315,7 @@ def warn_of_seen(rows: Dataset, training: Dataset | Mixture | None, name: str) -
         )
 
 
-def check_same_tokens(first: Encoder, encoder: Encoder) -> None:
-    """Raise InputError if a model of `model_init` needs other tokens than the first one, for which the rows were tokenized."""
-    same = {
-        "max_length": first.max_length == encoder.max_length,
-        "prompts": first.prompts == encoder.prompts,
-        "tokenizer": first.tokenizer is encoder.tokenizer
-        or tokenizer_facts(first.tokenizer) == tokenizer_facts(encoder.tokenizer),
-    }
-    if other := [name for name, unchanged in same.items() if not unchanged]:
-        raise InputError(
-            f"model_init returns models with different {other[0]}, but the rows are tokenized once, when the trainer is made; "
-            "make a trainer for each"
-        )
-
-
-class TrainingRows(NamedTuple):
-    """The training rows, ready for the trainer. Lists have an entry for each source."""
-
-    tokens: Dataset | Mixture | None  # the tokenized rows; None: the trainer only evaluates
-    views: list[int]  # the largest number of texts in a row
-    objectives: list[Objective]
-    vectors: dict[str, VectorFile]  # a teacher's vectors; see `RaggedCollator`
-
-
-def read_training_rows(
-    rows: TrainData | None,
-    step: TrainingStep,
-    args: ContrastiveTrainingArguments,
-    objective: Objective,
-    name: str,
-    paired: bool | None,
-) -> TrainingRows:
-    """Tokenize and check the training rows.
-
-    Raises:
-        InputError: if something is wrong with the rows, or if the run would train nothing.
-    """
-    if rows is None:
-        return TrainingRows(None, [2], [objective], {})
-    check_batch(args)
-    with args.main_process_first(desc="tokenizing"), hidden_bars(bool(args.disable_tqdm)):
-        tokens, views = tokenize_all(rows, step.encoder, args, objective, name, paired)
-    if isinstance(tokens, Dataset) and len(tokens) < args.world_size:
-        raise InputError(f"{name}: {len(tokens)} rows for {args.world_size} processes; give at least one row for each process")
-    tables: list[Dataset | Stream]
-    if isinstance(tokens, Mixture):
-        tables, labels, objectives = tokens.tables, tokens.labels, [own or objective for own in tokens.objectives]
-    else:
-        tables, labels, objectives = [tokens], [name], [objective]
-    check_objectives(objective, objectives, list(zip(tables, views, labels)), step.encoder.full_dimension)
-    check_training(args, step.encoder, len(batch_sampler(tokens, args, args.train_batch_size)), name)
-    tables, vectors = with_teacher(tables, objectives, args, step.encoder.full_dimension)
-    if isinstance(tokens, Mixture):
-        tokens.tables = tables
-    else:
-        tokens = cast(Dataset, tables[0])
-    return TrainingRows(tokens, views, objectives, vectors)
-
-
-def check_objectives(
-    main: Objective, objectives: list[Objective], sources: list[tuple[Dataset | Stream, int, str]], width: int
-) -> None:
-    """Check that the objective of each source suits its rows and the model.
-
-    Args:
-        main: the objective of the trainer.
-        objectives: the objective of each source.
-        sources: the tokenized rows of each source, the number of texts in its largest row, and its name in messages.
-        width: the width of the embedding.
-
-    Raises:
-        InputError: if one does not suit.
-    """
-    for own, (table, texts, label) in zip(objectives, sources):
-        if "scores" not in own.needs:  # then it is enough if one of the sources with this objective has negatives, say
-            texts = max(views for other, (_, views, _) in zip(objectives, sources) if other is own)
-        check_objective(own, table, texts, label)
-        own.check_width(width)
-        if own is not main and (own.learn_temperature or own.mlm_weight or main.learn_temperature):
-            raise InputError(
-                f"{label}: if a source has its own objective, no temperature can be learned, and only the objective of the "
-                "trainer can add masked language modeling; turn learn_temperature off, and set mlm_weight there"
-            )
+# ---- predict ----
 
 
 def predict(given: RowData, embed: Embed, prefix: str) -> PredictionOutput:

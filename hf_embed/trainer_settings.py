@@ -25,7 +25,7 @@ from hf_embed.evaluation.held_out import HeldOut
 from hf_embed.evaluation.sts import STS
 from hf_embed.evaluation.tasks import Task, main_metric, metric_names
 from hf_embed.library_internals import CHECKPOINTING, use_one_gpu
-from hf_embed.ranges import COUNT, POSITIVE, SEED, Range, check_ranges, out_of_range
+from hf_embed.ranges import ABOVE_ZERO, COUNT, SEED, Range, check_ranges, out_of_range
 
 logger = logging.getLogger(__name__)
 
@@ -35,12 +35,12 @@ NOT_NEGATIVE = Range(least=0)
 RANGES = {
     "learning_rate": NOT_NEGATIVE, "weight_decay": NOT_NEGATIVE, "max_grad_norm": NOT_NEGATIVE, "warmup_steps": NOT_NEGATIVE,
     "adam_beta1": SHARE, "adam_beta2": SHARE, "adam_epsilon": NOT_NEGATIVE,
-    "num_train_epochs": POSITIVE, "per_device_train_batch_size": COUNT, "per_device_eval_batch_size": COUNT,
-    "gradient_accumulation_steps": COUNT, "logging_steps": POSITIVE, "eval_steps": POSITIVE, "save_steps": POSITIVE,
+    "num_train_epochs": ABOVE_ZERO, "per_device_train_batch_size": COUNT, "per_device_eval_batch_size": COUNT,
+    "gradient_accumulation_steps": COUNT, "logging_steps": ABOVE_ZERO, "eval_steps": ABOVE_ZERO, "save_steps": ABOVE_ZERO,
     "eval_delay": NOT_NEGATIVE, "save_total_limit": COUNT, "torch_empty_cache_steps": COUNT, "seed": SEED, "data_seed": SEED,
     "dataloader_num_workers": Range(least=0, whole=True), "dataloader_prefetch_factor": COUNT,
     "ddp_timeout": COUNT, "ddp_bucket_cap_mb": COUNT, "label_smoothing_factor": SHARE,
-    "max_length": COUNT, "chunk_tokens": COUNT, "shuffle_buffer_size": COUNT, "temp_scale": POSITIVE,
+    "max_length": COUNT, "chunk_tokens": COUNT, "shuffle_buffer_size": COUNT, "temp_scale": ABOVE_ZERO,
     "source_alpha": Range(least=0, most=1),
 }  # fmt: skip
 

@@ -155,7 +155,7 @@ def about_training(trainer: "ContrastiveTrainer", scores: Mapping[str, float]) -
     chosen = args.load_best_model_at_end and state.best_model_checkpoint is not None and len(evaluations) > 1
     settings = changed_settings([args], isinstance(trainer.train_dataset, Mixture))
     return {
-        "model": shown(name or "") or type(encoder.base).__name__, "data": trainer.origin.name,
+        "model": publishable(name or "") or type(encoder.base).__name__, "data": trainer.origin.name,
         "base_model": on_the_hub(name), "datasets": trainer.origin.datasets,
         "rows": len(cast(Any, trainer.train_dataset)), "language": None, "license": None,
         "pooling": encoder.pooling, "max_length": encoder.max_length,
@@ -225,8 +225,8 @@ def changed_settings(objects: Iterable[Any], several_sources: bool) -> dict[str,
         for field in dataclasses.fields(settings):
             value, default = getattr(settings, field.name), False if field.name in OFF_BY_DEFAULT else default_of(field)
             if field.name in names and value != default:
-                plain = value if isinstance(value, int | float | bool | list | dict) else str(value)
-                found[field.name] = shown(plain) if isinstance(plain, str) else plain  # it may be a path, such as `teacher`
+                is_plain = isinstance(value, int | float | bool | list | dict)
+                found[field.name] = value if is_plain else publishable(str(value))  # it may be a path, such as `teacher`
     return found
 
 
@@ -275,7 +275,7 @@ def number(value: float, digits: int) -> float | None:
 # ---- names that may be published ----
 
 
-def shown(name: str) -> str:
+def publishable(name: str) -> str:
     """Return the form of a file or folder name that may be published.
 
     For an absolute path this is its last part, so that the folders of this machine stay private. Secrets are masked.
@@ -302,7 +302,7 @@ def origin_of(rows: Any, name: str) -> Origin:
             also the name of the origin.
     """
     if isinstance(rows, str | Path):
-        return Origin(shown(str(rows)))
+        return Origin(publishable(str(rows)))
     parts: dict[str, Any] = {}
     if isinstance(rows, Mapping):
         parts = {str(key): table for key, table in rows.items()}
@@ -310,7 +310,7 @@ def origin_of(rows: Any, name: str) -> Origin:
         parts = {source.name: source.rows for source in rows}
     datasets = sorted({found for table in parts.values() or [rows] for found in hub_names(table)})
     if name != "train_dataset":
-        return Origin(shown(name), datasets)
+        return Origin(publishable(name), datasets)
     return Origin(", ".join(parts or datasets) or UNNAMED, datasets)
 
 

@@ -22,6 +22,7 @@ from transformers import PretrainedConfig, TrainingArguments
 
 from hf_embed.distributed import gather_objects
 from hf_embed.encoder import Encoder
+from hf_embed.errors import listed
 from hf_embed.forward_check import touched
 
 logger = logging.getLogger(__name__)
@@ -58,10 +59,12 @@ def settle_unused(encoder: Encoder, args: TrainingArguments) -> None:
     FROZEN[encoder.backbone] = never
     if never:
         numbers = sum(trainable[name].numel() for name in never)
-        logger.info(f"{len(never)} parameters ({numbers:,} numbers) do not affect the embedding and are frozen: {some(never)}")
+        logger.info(
+            f"{len(never)} parameters ({numbers:,} numbers) do not affect the embedding and are frozen: {listed(never)}"
+        )
     if sometimes or drops_layers(encoder.config):
         args.ddp_find_unused_parameters = True
-        reason = f"not every batch uses all parameters ({some(sometimes)})" if sometimes else "layers are dropped at random"
+        reason = f"not every batch uses all parameters ({listed(sometimes)})" if sometimes else "layers are dropped at random"
         logger.info(f"{reason}: ddp_find_unused_parameters is set to True")
 
 
@@ -84,8 +87,3 @@ def used_by_others(unused: Iterable[str], used: Iterable[str], model: nn.Module)
 def drops_layers(config: PretrainedConfig) -> bool:
     """Return whether whole layers are left out at random in training (layerdrop, encoder_layerdrop and so on)."""
     return any("layerdrop" in key and value for key, value in config.to_dict().items())
-
-
-def some(names: list[str]) -> str:
-    """Return the first three names, for a message."""
-    return ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_embed.errors import InputError
-from hf_embed.ranges import is_one_of
+from hf_embed.ranges import check_one_of, is_one_of
 
 Vectors = np.ndarray | Tensor | Sequence[np.ndarray] | Sequence[Tensor] | Sequence[Sequence[float]]
 Compare = Callable[[Tensor, Tensor], Tensor]
@@ -55,8 +55,7 @@ def check_precision(precision: str) -> None:
     """Raise InputError if there is no precision of this name."""
     if is_one_of(precision, ("uint8",)):
         raise InputError("precision 'uint8' shifts the zero and changes cosines; use int8, or ubinary for packed signs")
-    if not is_one_of(precision, PRECISIONS):
-        raise InputError(f"unknown precision {precision!r}; use one of {', '.join(PRECISIONS)}")
+    check_one_of("precision", precision, PRECISIONS)
 
 
 def check_packable(precision: str, width: int) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from hf_embed.disk import check_output_file
-from hf_embed.distributed import check_same, get_rank, get_world_size
+from hf_embed.distributed import check_same_on_ranks, get_rank, get_world_size
 from hf_embed.errors import InputError, utf8
 from hf_embed.progress import progress_bar
 from hf_embed.ranks import writing_alone
@@ -61,7 +61,7 @@ def claimed(folder: Path, identity: str) -> Iterator[None]:
         InputError: if another process uses the folder, if a run with another identity left it, or if the ranks' identities
             differ.
     """
-    check_same("the texts, the model or the settings", identity)
+    check_same_on_ranks("the texts, the model or the settings", identity)
     with writing_alone(folder):
         path = folder / "identity"
         if path.is_file() and path.read_bytes() != identity.encode():  # bytes, because a damaged file may be no text

@@ -14,7 +14,7 @@ scores, and writes these files. OUTPUT_DIR is by default the model's folder; it 
 from dataclasses import dataclass
 from pathlib import Path
 
-from hf_embed.checkpoint.card import store_results, stored_results, write_card
+from hf_embed.checkpoint.card import read_results, write_card, write_results
 from hf_embed.disk import check_folder
 from hf_embed.errors import InputError
 from hf_embed.fingerprint import fingerprint
@@ -64,10 +64,10 @@ def main() -> None:
     rows = [row | {"model": identity} for row in run_mteb(encoder, tasks, folder / "mteb", args.batch_size)]
     print("\n" + "\n".join(lines(rows)))
     clear_leftovers(folder)
-    results = stored_results(folder)
+    results = read_results(folder)
     earlier = [row for row in results.get("mteb", []) if row.get("model") == identity]
     results["mteb"] = list({(row["task"], row["split"]): row for row in [*earlier, *rows]}.values())
-    store_results(folder, results)
+    write_results(folder, results)
     if (folder / "config.json").is_file():
         write_card(encoder, folder)
     print(f"\nwrote {folder}/results.json")

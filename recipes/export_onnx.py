@@ -13,7 +13,7 @@ vectors of the graph differ from the model's by more than 1e-5 of their norm. Th
 from dataclasses import dataclass
 from pathlib import Path
 
-from hf_embed.checkpoint.card import stored_results
+from hf_embed.checkpoint.card import read_results
 from hf_embed.checkpoint.onnx import check_output, export_onnx
 from hf_embed.errors import InputError
 from hf_embed.kit.cli import REQUIRED, parse, run, setting
@@ -40,7 +40,7 @@ def main() -> None:
         raise InputError(f"{folder} holds no model (config.json); give the folder of a finished run")
     check_output(folder, args.overwrite_output_dir)
     encoder = load_for_encoding(args.model_name_or_path, args)
-    results = stored_results(args.model_name_or_path)
+    results = read_results(args.model_name_or_path)
     if args.pooling or args.max_length:  # the scores belong to other vectors
         results = {key: value for key, value in results.items() if key == "train"}
     done = export_onnx(encoder, folder, args.int8, args.overwrite_output_dir, results or None)

@@ -212,6 +212,8 @@ def test_graded_pairs_are_for_evaluation():
 def test_teacher_scores_do_not_judge_pairs():
     teacher = ["pos_scores", "neg_scores", "positive_score", "negative_scores"]
     assert judging_columns([*teacher, "score", "pos_label", "scores"]) == ["score", "pos_label", "scores"]
+    # BUG: the advice named them as the positive and the negative.
+    assert "--columns anchor=frage positive=antwort (or" in error_of(text_columns, ["frage", *teacher, "antwort"], "a.csv")
 
 
 JUDGES = ["stars", "Votes", "match", "isCorrect", "valid", "human_verdict", "is_answer", "positive_pair", "vote", "is-match",

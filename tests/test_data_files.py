@@ -21,12 +21,12 @@ import yaml
 from conftest import error_of, tokenize_rows
 from datasets import Dataset
 
-from hf_embed.data import files
+from hf_embed.data import text_files
 from hf_embed.data.cache import content_of
 from hf_embed.data.labeled import read_pairs
-from hf_embed.data.mixture import Stream
 from hf_embed.data.source_files import read_sources
 from hf_embed.data.sources import is_list, read_file, read_hub, read_texts, row_texts, text_columns
+from hf_embed.data.stream import Stream
 from hf_embed.data.tokenization import RowTokenizer
 from hf_embed.encoding import beginning
 from hf_embed.evaluation.reranking import read_reranking
@@ -686,7 +686,7 @@ def test_addresses_are_read_by_their_path(monkeypatch):
         assert both_ways(address) == [{"text": "one"}, {"text": "two"}]
     finally:
         server.shutdown()
-        files.DOWNLOADED.clear()
+        text_files.DOWNLOADED.clear()
 
 
 # ---- numbers where texts belong, in mining ----

@@ -33,8 +33,8 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis.strategies import SearchStrategy
 
 from hf_embed import Encoder, InputError, semantic_search
-from hf_embed.checkpoint.files import read_weights
 from hf_embed.checkpoint.hub import model_files as model_files_of
+from hf_embed.checkpoint.model_files import read_weights
 from hf_embed.checkpoint.settings import read_settings
 from hf_embed.data.columns import column_names, read_columns
 from hf_embed.data.labeled import read_pairs

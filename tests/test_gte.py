@@ -246,7 +246,7 @@ def test_autocast_does_not_round_the_scores():
         ({"temperature": float("nan")}, "must be above 0"),
         ({"directions": ("query_to_doc", "doc_to_queries")}, "unknown direction 'doc_to_queries'"),
         ({"directions": ("doc_to_query",)}, "need query_to_doc"),
-        ({"partition_mode": "separate"}, "unknown partition_mode 'separate'"),
+        ({"partition_mode": "separate"}, "partition_mode is 'separate'; it must be one of joint, per_direction"),
         ({"partition_mode": "per_direction"}, "does not support query_to_query"),
         ({"partition_mode": "per_direction", "directions": BOTH, "positive_once": True}, "needs partition_mode joint"),
     ],

@@ -15,7 +15,8 @@ from torch.testing import assert_close
 from worker import WORDS
 
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, ImprovedContrastive, SimCSE
-from hf_embed.data.mixture import Source, Stream
+from hf_embed.data.mixture import Source
+from hf_embed.data.stream import Stream
 from hf_embed.data.tokenization import RowTokenizer
 from hf_embed.kit.plan import QUICKSTART
 

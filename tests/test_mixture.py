@@ -25,9 +25,10 @@ from torch.utils.data import DataLoader
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, ImprovedContrastive, InputError, SimCSE, Source
 from hf_embed.data.collator import RaggedCollator
 from hf_embed.data.columns import FIRST_ROWS
-from hf_embed.data.mixture import Mixture, Stream, make_mixture
+from hf_embed.data.mixture import Mixture, make_mixture
 from hf_embed.data.sampling import SourceBatchSampler
 from hf_embed.data.source_files import read_sources
+from hf_embed.data.stream import Stream
 from hf_embed.data.tokenization import RowTokenizer, text_id
 from hf_embed.step import MIN_TEMPERATURE, TrainingStep
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from hf_embed import Encoder, InputError, TempScaleConfig, apply_tempscale, export_onnx
 from hf_embed.checkpoint import onnx
-from hf_embed.checkpoint.card import store_results
+from hf_embed.checkpoint.card import write_results
 from hf_embed.checkpoint.hub import model_files
 from hf_embed.pooling import POOLINGS, Dense
 
@@ -406,7 +406,7 @@ def test_the_recipe_refuses_a_name_without_a_folder(monkeypatch, tmp_path):
 def test_scores_of_other_settings_are_left_out(tmp_path, untraced, monkeypatch):
     small_encoder().save_pretrained(tmp_path / "model")
     results = {"after": {"sts": {"s": 77.77}}, "mteb": [], "card": {"title": "Cats"}}
-    store_results(tmp_path / "model", results)
+    write_results(tmp_path / "model", results)
     for number, words in enumerate(([], ["--pooling", "cls"], ["--max_length", "9"])):
         argv = ["export_onnx.py", tmp_path / "model", "--output_dir", tmp_path / str(number), *words]
         monkeypatch.setattr(sys, "argv", list(map(str, argv)))

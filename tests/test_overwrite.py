@@ -273,7 +273,7 @@ def test_a_kill_while_the_best_seed_is_copied(old, monkeypatch):
     shutil.rmtree(out)
     argv = [*argv, "--max_steps", 1, "--save_steps", 1, "--seeds", "1,2"]
     with monkeypatch.context() as patch:
-        patch.setattr("hf_embed.kit.seeds.quiet", kill)
+        patch.setattr("hf_embed.kit.seeds.silent_libraries", kill)
         with pytest.raises(Killed):
             sup(*argv)
     assert set(json.loads((out / "results.json").read_text())["seeds"]) == {"1", "2"} and (out / "model.safetensors").exists()

@@ -14,7 +14,7 @@ import pytest
 from conftest import error_of, tiny_encoder
 from worker import STS, WORDS
 
-from hf_embed.checkpoint.card import store_results
+from hf_embed.checkpoint.card import write_results
 from hf_embed.evaluation.sts import SEVEN_TASKS
 from hf_embed.read_files import read_json
 
@@ -168,7 +168,7 @@ def finished(tmp_path, monkeypatch) -> Path:
     """Return the current folder, which holds results.json and a table, as the scripts leave them."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out").mkdir()
-    store_results("out", RESULTS)
+    write_results("out", RESULTS)
     (tmp_path / "out.started").write_text("flags\nabc1234\nabc1234\ndef5678 with changes\n")
     (tmp_path / "table.md").write_bytes(PAGE.read_bytes())
     return tmp_path
@@ -202,9 +202,9 @@ def test_a_row_of_gte_has_the_means_of_the_kinds(finished, monkeypatch):
              ("Retrieval", "C", "test", 40.0)]  # fmt: skip
     keys = ("type", "task", "split", "metric", "score")
     mteb = [dict(zip(keys, (kind, task, split, "a metric", score))) for kind, task, split, score in tasks]
-    store_results("out", {"train": RESULTS["train"], "mteb": mteb})
+    write_results("out", {"train": RESULTS["train"], "mteb": mteb})
     (finished / "first").mkdir()
-    store_results("first", {"train": RESULTS["train"] | {"steps": 50_000, "hardware": "2 CPU cores", "resumed_at_step": 7}})
+    write_results("first", {"train": RESULTS["train"] | {"steps": 50_000, "hardware": "2 CPU cores", "resumed_at_step": 7}})
     monkeypatch.setattr(paper_row, "cpu_name", lambda: "A CPU")
     append_row(monkeypatch, "GTE", "base", "first", "out")
     (row,) = measured(finished)
@@ -225,12 +225,12 @@ def test_a_row_of_gte_has_the_means_of_the_kinds(finished, monkeypatch):
     ],
 )
 def test_what_is_not_finished_gets_no_row(finished, monkeypatch, results, message):
-    store_results("out", results)
+    write_results("out", results)
     assert message in error_of(append_row, monkeypatch, "SimCSE", "sup", "out")
     assert measured(finished) == []
     assert "there are no scores on MTEB" in error_of(append_row, monkeypatch, "GTE", "base", "out") or not results
     (finished / "table.md").write_text("| SimCSE | figures |\n")
-    store_results("out", RESULTS)
+    write_results("out", RESULTS)
     assert "has 2 columns, but the row has 14" in error_of(append_row, monkeypatch, "SimCSE", "sup", "out")
     assert "no table that begins with | GTE |" in error_of(paper_row.append, Path("table.md"), "GTE", [])
 

@@ -24,7 +24,7 @@ from hf_embed import ContrastiveTrainingArguments, CoSENT, Encoder, ImprovedCont
 from hf_embed.data.columns import text_columns
 from hf_embed.data.mixture import Source, make_mixture
 from hf_embed.data.source_files import read_sources
-from hf_embed.data.sources import rows_of_texts
+from hf_embed.data.sources import rows_by_positive
 from hf_embed.errors import InputError
 from hf_embed.evaluation.held_out import HeldOut
 from hf_embed.evaluation.pair_classification import PairClassification
@@ -83,7 +83,7 @@ def flattened(rows: list[dict], columns: list[str]) -> tuple[list[tuple[int, lis
     made, empty = [], []
     for number, row in enumerate(rows):
         try:
-            made += [(number, texts) for texts, _ in rows_of_texts(row, columns, "x")]
+            made += [(number, texts) for texts, _ in rows_by_positive(row, columns, "x")]
         except InputError:
             empty.append(number)
     return made, empty

@@ -15,7 +15,7 @@ import torch
 from conftest import error_of
 from safetensors.torch import save, save_file
 
-from hf_embed.checkpoint.files import read_weights
+from hf_embed.checkpoint.model_files import read_weights
 from hf_embed.data.sources import read_file
 from hf_embed.data.yaml_files import read_yaml
 from hf_embed.read_files import read_array, read_json, read_tensors, read_text, tensor_dtypes
@@ -27,7 +27,7 @@ EVERY = [read_text, read_json, read_tensors, tensor_dtypes, read_array, read_fil
 # Modules that read or parse without the readers of `read_files`: the call and, where it is not obvious, the reason.
 OTHERS = {
     "read_files": "the readers themselves",
-    "data.files": "open: rows of any size, a line at a time",
+    "data.text_files": "open: rows of any size, a line at a time",
     "data.yaml_files": "YAML, from the text of read_text",
     "kit.ablation": "json.loads: what json.dumps has made a moment before",
     "resume": "the same",

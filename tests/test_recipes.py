@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from worker import WORDS
 
 from hf_embed import ContrastiveTrainingArguments, Encoder, InputError, SimCSE
-from hf_embed.checkpoint.card import store_results, stored_results
+from hf_embed.checkpoint.card import read_results, write_results
 from hf_embed.kit import cli
 from hf_embed.kit.ablation import VARIANTS, AblationArguments, read_variants
 from hf_embed.kit.eval_flags import EvalArguments
@@ -118,22 +118,22 @@ def test_after_is_what_the_saved_folder_scores(tmp_path, files):
 def test_scores_keep_the_record_of_the_training(tmp_path, files, monkeypatch):
     folder, train = tmp_path / "model", {"train": {"rows": 3}}
     tiny_encoder().save_pretrained(folder)
-    store_results(folder, train)
+    write_results(folder, train)
     monkeypatch.setattr(
         sys, "argv", ["evaluate.py", str(folder), "--eval_sts_file", f"a={files['sts']}", "--output_dir", str(folder)]
     )
     for _ in range(2):
         load_recipe("evaluate").main()
-        results = stored_results(folder)
+        results = read_results(folder)
         assert set(results) == {"train", "evaluated"} and results["train"] == train["train"]
         assert set(results["evaluated"]["sts"]) == {"a"}
     (folder / "results.json").unlink()
     load_recipe("evaluate").main()  # BUG: without results of a training, the file was one that evaluate-mteb refuses
-    assert set(stored_results(folder)) == {"evaluated"}
+    assert set(read_results(folder)) == {"evaluated"}
     earlier = {"model": "m", "pooling": "cls", "max_length": 9, "sts": {"old": 1.0}}  # the new evaluation replaces it
-    store_results(folder, earlier)
+    write_results(folder, earlier)
     load_recipe("evaluate").main()
-    assert set(stored_results(folder)) == {"evaluated"} and set(stored_results(folder)["evaluated"]["sts"]) == {"a"}
+    assert set(read_results(folder)) == {"evaluated"} and set(read_results(folder)["evaluated"]["sts"]) == {"a"}
     for content in ('{"of": "someone"}', "[1]", "not JSON"):
         (folder / "results.json").write_text(content)
         assert "would be lost; give another folder" in error_of(load_recipe("evaluate").main)

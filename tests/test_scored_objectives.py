@@ -258,12 +258,12 @@ def test_rows_and_settings_that_do_not_fit():
     assert "CoSENT trains on pairs with one score each" in error_of(CoSENT().check_rows, 3, "rows")
     for objective in (TeacherKL(), MarginMSE()):
         assert "no row has a negative; add columns of negatives" in error_of(objective.check_rows, 2, "rows")
-    assert "unknown similarity 'l2'; use dot or cosine" in error_of(MarginMSE, "l2")
+    assert "similarity is 'l2'; it must be one of dot, cosine" in error_of(MarginMSE, "l2")
     for make in (CoSENT, TeacherKL):
         assert "temperature is 0" in error_of(make, 0)
     TeacherKL(candidates="batch").check_rows(2, "rows")  # the other rows are candidates too
-    assert "unknown candidates 'all'; use row or batch" in error_of(TeacherKL, candidates="all")
-    assert "unknown loss 'l1'; use cosine or mse" in error_of(VectorDistillation, "l1")
+    assert "candidates is 'all'; it must be one of row, batch" in error_of(TeacherKL, candidates="all")
+    assert "loss is 'l1'; it must be one of cosine, mse" in error_of(VectorDistillation, "l1")
     assert "margin and guide_margin are both set" in error_of(ImprovedContrastive, margin=0.1, guide_margin=0.1)
     assert math.isfinite(TeacherKL()(ROWS, IDS, scores=SCORES).item())
 

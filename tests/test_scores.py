@@ -306,14 +306,12 @@ class Plain:
         return {"words": 1.0, "letters": 2.0}
 
 
-class WithLogged(Plain):
-    """A task that names the other metrics it logs, but is not derived from EvaluationTask."""
-
-    logged = ("letters",)
-
-
 class Derived(EvaluationTask):
     kind, main, reported = "derived", "words", ("words",)
+
+
+class WithLogged(Derived):
+    logged = ("words", "letters")
 
 
 def test_tasks_of_users_own():

@@ -15,7 +15,7 @@ from worker import STS, WORDS
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, Matryoshka, Retrieval, SimCSE
 from hf_embed.checkpoint.card import is_generated, served_otherwise, write_card
 from hf_embed.checkpoint.save import warn_of_servers
-from hf_embed.checkpoint.tables import plain
+from hf_embed.checkpoint.tables import escaped
 from hf_embed.pooling import POOLINGS, Dense
 
 ROWS = [{"anchor": f"the {a}", "positive": f"a {a} by the {b}"} for a, b in zip(WORDS, WORDS[1:] + WORDS[:1])]
@@ -251,7 +251,7 @@ def test_every_kind_of_objective_has_a_name(tmp_path, objective, name):
     run.train()
     run.save_model()
     assert stored(tmp_path)["train"]["objective"]["name"] == name
-    assert f"| Objective | {plain(name)}" in card(tmp_path)
+    assert f"| Objective | {escaped(name)}" in card(tmp_path)
 
 
 @pytest.mark.slow

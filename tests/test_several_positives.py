@@ -16,8 +16,9 @@ from test_gte import BOTH, DIRECTIONS, VANILLA, assert_same, formula
 
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, ImprovedContrastive, Matryoshka, SimCSE
 from hf_embed.data.collator import RaggedCollator, used_columns
-from hf_embed.data.mixture import MOST_POSITIVES, Mixture, Source, Stream, has_several_positives, make_mixture
-from hf_embed.data.sources import read_file, rows_of_texts
+from hf_embed.data.mixture import Mixture, Source, has_several_positives, make_mixture
+from hf_embed.data.sources import read_file, rows_by_positive
+from hf_embed.data.stream import MOST_POSITIVES, Stream
 from hf_embed.data.tokenization import RowTokenizer, text_id
 from hf_embed.objectives import Objective, as_objective
 
@@ -233,10 +234,10 @@ def test_lists_without_a_positive_are_refused_or_dropped(cell, complaint, tokeni
     assert len(tokens) == 3 and "a.jsonl: 1 of 3 rows had an empty text and were dropped" in caplog.text
 
 
-def test_rows_of_texts():
+def test_rows_by_positive():
     row = {"query": "q", "pos": ["a", "b"], "neg": ["c"]}
-    assert rows_of_texts(row, list(row), "row 1") == [(["q", "a", "c"], ["b"]), (["q", "b", "c"], ["a"])]
-    assert rows_of_texts({"text": "a"}, ["text"], "row 1") == [(["a"], [])]
+    assert rows_by_positive(row, list(row), "row 1") == [(["q", "a", "c"], ["b"]), (["q", "b", "c"], ["a"])]
+    assert rows_by_positive({"text": "a"}, ["text"], "row 1") == [(["a"], [])]
 
 
 # ---- streams and several sources ----

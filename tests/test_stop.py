@@ -18,7 +18,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from worker_stop import CASES, make_trainer, stop_and_go_on
 
 from hf_embed import stop
-from hf_embed.data import training_rows
+from hf_embed.data import loader
 from hf_embed.kit.launch import forwarding
 from hf_embed.stop import Stopped
 
@@ -285,10 +285,10 @@ def test_the_seeds_of_a_run_stop_too(tmp_path):
 def test_ctrl_c_does_not_end_workers_on_macos_and_windows(monkeypatch):
     """BUG: there, Ctrl-C ended the workers, the training then ended in a traceback, and no checkpoint was saved."""
     monkeypatch.delattr(signal, "sigwaitinfo")
-    monkeypatch.setattr(training_rows, "seed_worker", lambda *args, **named: None)
+    monkeypatch.setattr(loader, "seed_worker", lambda *args, **named: None)
     before = signal.getsignal(signal.SIGINT)
     try:
-        training_rows.start_worker(0, num_workers=1, rank=0)
+        loader.start_worker(0, num_workers=1, rank=0)
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     finally:
         signal.signal(signal.SIGINT, before)

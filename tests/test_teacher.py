@@ -29,8 +29,8 @@ from hf_embed import (
 from hf_embed.data.collator import RaggedCollator
 from hf_embed.data.scores import row_scores, score_columns
 from hf_embed.data.source_files import read_sources
+from hf_embed.data.teacher_vectors import TeacherVectors
 from hf_embed.data.tokenization import RowTokenizer, tokenize_table
-from hf_embed.data.vector_file import VectorFile
 from hf_embed.resume import facts_of
 from hf_embed.teacher import OPTIONS, load_teacher, number_texts, vectors_of, with_teacher
 from hf_embed.vector_files import identity_of
@@ -469,7 +469,7 @@ def test_directions_keep_dot_products(tmp_path):
     numbers = list(range(50))
     plain = rows @ rows.T
     for width, error in ((3, 0.05), (6, 1e-4), (9, 1e-4)):
-        target = VectorFile(tmp_path / "rows.npy", width)[numbers]
+        target = TeacherVectors(tmp_path / "rows.npy", width)[numbers]
         assert target.shape == (50, width) and np.abs(target @ target.T - plain).max() < max(error * 4, 1e-4) * 10
-    two = VectorFile(tmp_path / "rows.npy", 2)[numbers]  # negative control: a large direction is missing
+    two = TeacherVectors(tmp_path / "rows.npy", 2)[numbers]  # negative control: a large direction is missing
     assert np.abs(two @ two.T - plain).max() > 10

@@ -295,10 +295,11 @@ def main(folder: str) -> None:
     assert all(found == everyone[0] for found in everyone)  # the same on every rank, to the last bit
     result["held out"] = everyone[0]
     result["vectors of each rank"] = gather_objects(vectors_of_a_teacher(folder))
-    further = hf_embed.data.collator.gather_rows
-    hf_embed.data.collator.gather_rows = lambda rows: torch.cat([rows] * get_world_size())  # a mistake: own rows only
+    further, ranks = hf_embed.trainer.further_arguments, get_world_size()
+    # A mistake: own rows only.
+    hf_embed.trainer.further_arguments = lambda given, needs, _: further(given, needs, lambda rows: torch.cat([rows] * ranks))
     result["scores of own rows"] = train(folder, CoSENT(), rows_with_scores(0))
-    hf_embed.data.collator.gather_rows = further
+    hf_embed.trainer.further_arguments = further
     gather = hf_embed.trainer.gather_rows
     hf_embed.trainer.gather_rows = lambda rows: gather(rows.detach())  # a common mistake: no gradient flows through it
     result["no_gradient_through_gather"] = train(folder)

@@ -31,9 +31,9 @@ from hf_embed.checkpoint.tables import (
     Results,
     averaged_section,
     code_section,
+    escaped,
     inner_name,
     markdown_table,
-    plain,
     results_section,
     slug,
     sweep_table,
@@ -41,10 +41,10 @@ from hf_embed.checkpoint.tables import (
     training_rows,
 )
 from hf_embed.encoder import Encoder
-from hf_embed.errors import InputError
+from hf_embed.errors import InputError, first_line
 from hf_embed.objectives import OBJECTIVES
 from hf_embed.pooling import POOLINGS, Dense, find_pooling, saved_pooling
-from hf_embed.read_files import first_line, read_json, read_text
+from hf_embed.read_files import read_json, read_text
 from hf_embed.safe_files import SAVING, write_text
 from hf_embed.tempscale import TempScaleConfig
 from hf_embed.tempscale.fold import why_not_foldable
@@ -127,9 +127,9 @@ def write_card(
     if path.is_file() and not overwrite and not is_generated(found):
         return
     if results is None:
-        results = stored_results(folder)
+        results = read_results(folder)
     if named := {key: value for key, value in (("title", title), ("language", language), ("license", license)) if value}:
-        results = keep_results(folder, results | {"card": results.get("card", {}) | named})
+        results = replace_results(folder, results | {"card": results.get("card", {}) | named})
     write_text(path, model_card(encoder, results, Path(folder, "geometry.png").is_file(), title=title_of(folder)))
 
 
@@ -165,9 +165,9 @@ def with_repository(text: str, repository: str, title: str | None = None) -> str
     body = text.rpartition(MARK.partition("{")[0])[0]
     body = body.replace(FOLDER_NOTE, "").replace(json.dumps(FOLDER), json.dumps(repository))
     name = repository.rpartition("/")[2]
-    heading = f"\n# {plain(title or '')}\n"
+    heading = f"\n# {escaped(title or '')}\n"
     if title and heading in body:
-        body = body.replace(heading, f"\n# {plain(name)}\n", 1)
+        body = body.replace(heading, f"\n# {escaped(name)}\n", 1)
         body = MODEL_NAME.sub(lambda match: (match[1] or match[2]) + json.dumps(name), body, count=1)
     return with_mark(body)
 
@@ -182,7 +182,7 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def stored_results(folder: str | Path) -> Results:
+def read_results(folder: str | Path) -> Results:
     """Return the content of results.json in `folder`, or {} if there is no such file or it is not from this package."""
     return own_results(Path(folder, "results.json")) or {}
 
@@ -195,14 +195,15 @@ def own_results(path: Path) -> Results | None:
         found = read_json(path, with_nan=True)
         if not found.keys() <= RESULT_KEYS:
             return None
-        metadata(found), sections(found, temp_scale=found.get("tempscale"))
+        metadata(found)  # this and the next line raise an error if the card could not be made from it
+        sections(found, temp_scale=found.get("tempscale"))
     except Exception as error:  # a user may have edited it, and any value may have another type
         logger.warning(f"{path} is damaged ({first_line(error)}); it is left unchanged, and the card does not show its content")
         return None
     return found
 
 
-def keep_results(folder: str | Path, results: Results) -> Results:
+def replace_results(folder: str | Path, results: Results) -> Results:
     """Write results.json in `folder`, unless a file of that name is not from this package. Return the results.
 
     The title, language and license of an earlier card stay.
@@ -212,7 +213,7 @@ def keep_results(folder: str | Path, results: Results) -> Results:
     if card := (before or {}).get("card", {}) | results.get("card", {}):
         results = results | {"card": card}
     if before is not None:
-        store_results(folder, results)
+        write_results(folder, results)
     else:
         logger.warning(
             f"{path} was not written by hf_embed and is left unchanged; the results of this training appear only in README.md"
@@ -220,7 +221,7 @@ def keep_results(folder: str | Path, results: Results) -> Results:
     return results
 
 
-def store_results(folder: str | Path, results: Results) -> None:
+def write_results(folder: str | Path, results: Results) -> None:
     """Write results.json in `folder`."""
     write_text(Path(folder, "results.json"), json.dumps(results, indent=2, default=str) + "\n")
 
@@ -241,14 +242,14 @@ def model_card(encoder: Encoder, results: Results | None = None, picture: bool =
     shown = sections(results, temp_scale, picture, prompts_section(encoder), encoder.max_length)
     fields = {
         "metadata": metadata(results),
-        "title": plain(str(facts(results)["title"])),
+        "title": escaped(str(facts(results)["title"])),
         "architecture": type(encoder.base).__name__,
         "parameters": f"{count_parameters(encoder):,}",
         "dimension": encoder.dimension,
         "max_length": encoder.max_length,
         "pooling": f"`{saved_pooling(encoder.pooling)}` ({POOLINGS[saved_pooling(encoder.pooling)].description})",
         "normalize": normalize_note(encoder),
-        "similarity": plain(encoder.similarity_fn_name),
+        "similarity": escaped(encoder.similarity_fn_name),
         "servers": f"\n**{note}**\n" if (note := served_otherwise(encoder)) else "",
         "tempscale": tempscale_note(encoder),
         "sections": "\n".join(f"\n{section}" for section in shown if section),
@@ -333,7 +334,7 @@ def card_facts(named: dict[str, Any]) -> dict[str, Any]:
 def rename_card(encoder: Encoder, folder: str, named: dict[str, Any]) -> None:
     """Write the card in `folder` again with these facts, if there is a card."""
     if Path(folder, "README.md").is_file():
-        write_card(encoder, folder, keep_results(folder, stored_results(folder) | {"card": named}))
+        write_card(encoder, folder, replace_results(folder, read_results(folder) | {"card": named}))
 
 
 def metadata(results: Results) -> str:

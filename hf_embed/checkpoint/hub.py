@@ -29,12 +29,12 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
-from hf_embed.checkpoint.card import stored_results, title_of, with_repository
-from hf_embed.checkpoint.files import FILES, MODULE, MODULE_FILES, ONNX, SHARD, Files, is_old
+from hf_embed.checkpoint.card import read_results, title_of, with_repository
 from hf_embed.checkpoint.layout import TransformerModule, read_modules
+from hf_embed.checkpoint.model_files import FILES, MODULE, MODULE_FILES, ONNX, SHARD, Files, is_old
 from hf_embed.entry import recipe_command
-from hf_embed.errors import InputError, masked
-from hf_embed.read_files import first_line, read_json, read_text
+from hf_embed.errors import InputError, first_line, in_short
+from hf_embed.read_files import read_json, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -188,7 +188,7 @@ def additions(folder: Path, repo: str, everything: bool = False, inside: str = "
     card = named.pop("README.md", None)
     added = [CommitOperationAdd(f"{inside}/{name}".lstrip("/"), str(path)) for name, path in named.items()]
     if card is not None:
-        own_title = stored_results(folder).get("card", {}).get("title")
+        own_title = read_results(folder).get("card", {}).get("title")
         text = with_repository(read_text(card), repo, None if own_title else title_of(folder))
         added.append(CommitOperationAdd(f"{inside}/README.md".lstrip("/"), text.encode()))
     return added
@@ -306,7 +306,7 @@ def reason(error: BaseException) -> tuple[str, bool] | None:
         error = error.__cause__
     if isinstance(error, HfHubHTTPError) and error.response is not None:
         code = error.response.status_code
-        said = masked(" ".join((error.server_message or str(error)).split()))[:200]
+        said = in_short(error.server_message or error)
         known = {
             400: f"the Hub rejected the request ({said})",
             401: "the Hub rejected this token (401); run `hf auth login`, or set HF_TOKEN",
@@ -317,7 +317,7 @@ def reason(error: BaseException) -> tuple[str, bool] | None:
             return known[code], False
         return f"the Hub answered {code} ({said})", code in (409, 412, 429) or code >= 500
     if is_of_client(error) or isinstance(error, ConnectionError | TimeoutError):
-        return f"the connection failed ({type(error).__name__}: {masked(' '.join(str(error).split()))[:200]})", True
+        return f"the connection failed ({type(error).__name__}: {in_short(error)})", True
     return None
 
 

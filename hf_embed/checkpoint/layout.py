@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_embed.checkpoint.files import Allowed, Files
+from hf_embed.checkpoint.model_files import Allowed, Files
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.pooling import POOLINGS, Dense, saved_pooling

@@ -13,15 +13,15 @@ from tokenizers.models import BPE
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_embed.adapters import unpack
-from hf_embed.checkpoint.files import Files
 from hf_embed.checkpoint.layout import read_modules
+from hf_embed.checkpoint.model_files import Files
 from hf_embed.checkpoint.settings import read_settings
 from hf_embed.encoder import Encoder
-from hf_embed.errors import InputError
+from hf_embed.errors import InputError, first_line, listed
 from hf_embed.forward_check import influences
 from hf_embed.hub_access import WHAT_TO_GIVE, find_model
 from hf_embed.progress import quiet_libraries
-from hf_embed.read_files import first_line, tensor_dtypes
+from hf_embed.read_files import tensor_dtypes
 from hf_embed.text_models import check_max_length, is_remote, loading_class
 
 # The data types that weights may have without quantization. transformers would read int8 numbers as if they were floats.
@@ -98,7 +98,7 @@ def load_encoder(
     if new_pooler:
         missing = [key for key in missing if not key.startswith("pooler.")]
     if random := influences(encoder, missing):
-        raise InputError(f"model '{name}': its weights file lacks {listed(random)}, which would have random values; {MEND}")
+        raise InputError(f"model '{name}': its weights file lacks {listed(random, 1)}, which would have random values; {MEND}")
     return encoder
 
 
@@ -220,7 +220,7 @@ def check_weights(files: Files, model: PreTrainedModel, report: dict) -> None:
         )
     known = {re.sub(r"\d+", "#", key) for key in model.state_dict()}
     if further := [key for key in sorted(report["unexpected_keys"]) if re.sub(r"\d+", "#", key) in known]:
-        raise InputError(f"model '{name}': its weights file has {listed(further)}, which does not fit config.json; {MEND}")
+        raise InputError(f"model '{name}': its weights file has {listed(further, 1)}, which does not fit config.json; {MEND}")
     if getattr(model.config, "quantization_config", None) is None:
         floats = tuple(f".{key}" for key, tensor in model.state_dict().items() if tensor.is_floating_point())
         for file, path in files.weight_files().items():
@@ -277,11 +277,6 @@ def check_added_tokens(config: dict[str, Any], tokenizer: PreTrainedTokenizerBas
 def has_merges(model: BPE) -> bool:
     """Return whether a byte-pair encoding joins any letters. Without merges, each letter is a token of its own."""
     return any(len(model.tokenize(word)) < len(word) for word in ("the", "and", "ing", "tion", "ation"))
-
-
-def listed(names: list[str]) -> str:
-    """Return the first of `names` and the number of the others: 'a' and 11 more."""
-    return f"'{names[0]}'" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def own_config(backbone: PreTrainedModel) -> PretrainedConfig:

@@ -24,12 +24,13 @@ from torch import Tensor, nn
 
 from hf_embed.checkpoint.save import renewed, save_encoder
 from hf_embed.checkpoint.tables import Results
-from hf_embed.checkpoint.verify import TOLERANCE, quiet
+from hf_embed.checkpoint.verify import TOLERANCE
 from hf_embed.disk import check_folder, disk_errors
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError, in_short
 from hf_embed.forward_check import TEXTS, TOLERANCES
 from hf_embed.pooling import POOLINGS, states_to_pool
+from hf_embed.progress import silent_libraries
 from hf_embed.safe_files import SAVING, put
 
 FOLDER, FLOAT, INT8 = "onnx", "model.onnx", "model_quantized.onnx"
@@ -122,7 +123,7 @@ def holds_model(folder: Path) -> bool:
 
 def load(encoder: Encoder, folder: Path) -> Encoder:
     """Load a folder on the CPU in float32. TempScale and adapters of `encoder` are in the weights there."""
-    with quiet():
+    with silent_libraries():
         return Encoder.from_pretrained(str(folder), trust_remote_code=encoder.remote_code, dtype=torch.float32)
 
 
@@ -185,7 +186,7 @@ def write_graph(encoder: Encoder, path: Path) -> None:
     shapes = (shape,) * len(inputs)
     states = "last_hidden_state" if POOLINGS[encoder.pooling].layers is None else "token_embeddings"
     size = sum(tensor.nbytes for tensor in encoder.state_dict().values())
-    with quiet(), torch.no_grad():
+    with silent_libraries(), torch.no_grad():
         try:
             graph = torch.export.export(Graph(encoder).eval(), tuple(inputs.values()), dynamic_shapes=shapes)
             program = torch.onnx.export(
@@ -258,7 +259,7 @@ def write_int8(encoder: Encoder, path: Path, int8_path: Path) -> float:
     """Write the graph `path` again with int8 weights, and return the smallest cosine with the encoder's vectors."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    with quiet():  # a scale for each channel is far more exact; 7 bits do not overflow on processors without VNNI
+    with silent_libraries():  # a scale for each channel is far more exact; 7 bits do not overflow on processors without VNNI
         quantize_dynamic(path, int8_path, weight_type=QuantType.QInt8, per_channel=True, reduce_range=True)
     return compare(encoder, through_onnx(encoder, int8_path))[1]
 

@@ -21,10 +21,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_embed.adapters import copy_of, full_copy, has_adapters, in_4_bits, merge_adapters
-from hf_embed.checkpoint.card import keep_results, served_otherwise, write_card
-from hf_embed.checkpoint.files import OLD_WEIGHTS, RESULTS, is_old
+from hf_embed.checkpoint.card import replace_results, served_otherwise, write_card
 from hf_embed.checkpoint.layout import strip_prefix, write_sentence_transformers_files
 from hf_embed.checkpoint.load import own_config
+from hf_embed.checkpoint.model_files import OLD_WEIGHTS, RESULTS, is_old
 from hf_embed.checkpoint.tables import Results
 from hf_embed.checkpoint.verify import load_saved_tokenizer, verify_alike, verify_folder, verify_layers
 from hf_embed.disk import nearest
@@ -88,7 +88,7 @@ def save_encoder(
                 if not runtime:  # other loaders do not apply TempScale at runtime
                     verify_folder(encoder, new, weights, tokenizer)
             put_in_place(Path(new), place)
-        write_card(encoder, place, keep_results(place, results) if results else None)
+        write_card(encoder, place, replace_results(place, results) if results else None)
     if outdated:
         graphs = " and ".join(outdated)
         logger.warning(

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_embed.checkpoint.files import Files
 from hf_embed.checkpoint.layout import (
     MODEL_CONFIG,
     MODEL_KEYS,
@@ -26,6 +25,7 @@ from hf_embed.checkpoint.layout import (
     of_kind,
     read_modules,
 )
+from hf_embed.checkpoint.model_files import Files
 from hf_embed.errors import InputError
 from hf_embed.pooling import POOLINGS, Dense, find_pooling
 

@@ -182,7 +182,7 @@ def inner_name(objective: dict[str, Any]) -> str:
 
 def markdown_table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
     """Return a Markdown table. The text in its cells stays plain text."""
-    lines = [f"| {' | '.join(map(plain, cells))} |" for cells in (head, *rows)]
+    lines = [f"| {' | '.join(map(escaped, cells))} |" for cells in (head, *rows)]
     return [lines[0], "|---" * len(head) + "|", *lines[1:]]
 
 
@@ -206,10 +206,10 @@ def code_section(title: str, lines: list[str], before: str = "") -> str:
     return "\n".join([f"## {title}", "", *([before, ""] if before else []), *code])
 
 
-def plain(text: str) -> str:
+def escaped(text: str) -> str:
     r"""Return a user's text as one line without active Markdown or HTML.
 
-    >>> print(plain("<b> my_model"))
+    >>> print(escaped("<b> my_model"))
     \<b\> my_model
     """
     return re.sub(r"([\\`*{}\[\]<>#|~&!]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", one_line(text)).strip()

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_embed.adapters import has_adapters
-from hf_embed.checkpoint.files import read_weights
-from hf_embed.errors import InputError, in_short
+from hf_embed.checkpoint.model_files import read_weights
+from hf_embed.errors import InputError, in_short, listed
 from hf_embed.read_files import read_tensors
 from hf_embed.step import TrainingStep
 from hf_embed.tempscale import applied_tempscale
@@ -72,7 +72,7 @@ def load_training_state(folder: str | Path, step: TrainingStep) -> None:
     names, tensors = set(step.state_dict()), read_tensors(file)
     expected = {name for name in names if not name.startswith(BACKBONE)} | changed_names(step)
     if other := sorted((set(tensors) - names) | (expected - set(tensors))):
-        raise InputError(f"{file}: the checkpoint belongs to another model ({other[:3]} ...)")
+        raise InputError(f"{file}: the checkpoint belongs to another model ({listed(other)})")
     put(tensors, step, file)
 
 
@@ -81,7 +81,7 @@ def load_backbone(folder: Path, backbone: PreTrainedModel) -> None:
     missing, unexpected = put(read_weights(folder), backbone, folder)
     tied = set(getattr(backbone, "all_tied_weights_keys", None) or {})
     if unexpected or set(missing) - tied:
-        raise InputError(f"{folder}: the checkpoint belongs to another model ({(list(missing) + unexpected)[:3]} ...)")
+        raise InputError(f"{folder}: the checkpoint belongs to another model ({listed([*missing, *unexpected])})")
 
 
 def put(tensors: Mapping[str, Tensor], module: nn.Module, where: Path) -> tuple[list[str], list[str]]:

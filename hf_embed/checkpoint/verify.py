@@ -1,14 +1,10 @@
 """Check a saved folder: every loader must give the weights and the vectors of the encoder in memory."""
 
-import contextlib
 import copy
 import gc
 import importlib.util
-import io
-import logging
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import transformers
@@ -23,6 +19,7 @@ from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.forward_check import TEXTS, undisturbed, without_flash
 from hf_embed.pooling import POOLINGS, pool, saved_pooling
+from hf_embed.progress import silent_libraries
 from hf_embed.text_models import loaded_classes, loading_class
 
 Encode = Callable[[list[str]], Tensor]  # from N texts to their vectors (N, D), on the CPU
@@ -112,7 +109,7 @@ def through_automodel(
     Raises:
         ExportError: unless the model has exactly the tensors `weights`, bit for bit.
     """
-    with quiet():
+    with silent_libraries():
         loader = getattr(transformers, loading_class(encoder.config))
         model = loader.from_pretrained(folder, dtype=encoder.dtype, trust_remote_code=encoder.remote_code)
     loaded = model.state_dict()
@@ -145,7 +142,7 @@ def through_sentence_transformers(encoder: Encoder, folder: str, device: torch.d
     from sentence_transformers import SentenceTransformer
 
     settings = {"dtype": encoder.dtype}
-    with quiet():
+    with silent_libraries():
         model = SentenceTransformer(folder, device=str(device), trust_remote_code=encoder.remote_code, model_kwargs=settings)
     return lambda texts: model.encode(texts, convert_to_tensor=True, show_progress_bar=False).float().cpu()
 
@@ -158,7 +155,7 @@ def verify_loadable(encoder: Encoder) -> None:
     Raises:
         InputError: as `load_saved_tokenizer` and `verify_layers` do.
     """
-    with tempfile.TemporaryDirectory() as folder, quiet():
+    with tempfile.TemporaryDirectory() as folder, silent_libraries():
         own_config(encoder.base).save_pretrained(folder)
         encoder.tokenizer.save_pretrained(folder)
         load_saved_tokenizer(encoder, folder)
@@ -174,7 +171,7 @@ def load_saved_tokenizer(encoder: Encoder, folder: str) -> PreTrainedTokenizerBa
         InputError: if the model or the tokenizer would load as another class, or if the model needs a processor.
     """
     trusted = {"trust_remote_code": encoder.remote_code}  # its code is already running
-    with quiet():
+    with silent_libraries():
         try:
             config = AutoConfig.from_pretrained(folder, **trusted)
             # sentence-transformers loads a processor. For a text model, that is the tokenizer.
@@ -245,16 +242,3 @@ def verify_tokenizer(encoder: Encoder, loaded: PreTrainedTokenizerBase) -> None:
                 f"{type(encoder.base).__name__} and loaded by AutoTokenizer ({type(loaded).__name__}); use the model's own "
                 "tokenizer, as from_pretrained returns it"
             )
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Hide what libraries print inside a `with` block. Their errors are raised, and the result is checked."""
-    disabled, printed = logging.root.manager.disable, io.StringIO()
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)

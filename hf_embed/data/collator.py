@@ -3,14 +3,13 @@
 The collator does not pad. Each chunk of the batch is padded later, when the whole batch is known.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_embed.data.vector_file import VectorFile
-from hf_embed.distributed import gather_rows
+from hf_embed.data.teacher_vectors import TeacherVectors
 
 
 class RaggedCollator:
@@ -48,7 +47,7 @@ class RaggedCollator:
         vectors: files of a teacher's vectors by argument name. The column `vectors` of a row holds the numbers of its texts.
     """
 
-    def __init__(self, views: list[int], once: bool = False, vectors: Mapping[str, VectorFile] | None = None):
+    def __init__(self, views: list[int], once: bool = False, vectors: Mapping[str, TeacherVectors] | None = None):
         self.views, self.once, self.vectors = views, once, vectors or {}
 
     def __call__(self, rows: list[dict]) -> dict[str, Any]:
@@ -98,14 +97,17 @@ class RaggedCollator:
         return found
 
 
-def further_arguments(further: Mapping[str, Tensor], needs: Sequence[str]) -> dict[str, Tensor]:
+def further_arguments(
+    further: Mapping[str, Tensor], needs: Sequence[str], gather: Callable[[Tensor], Tensor]
+) -> dict[str, Tensor]:
     """Return the arguments that an objective needs, for the rows of all ranks.
 
     Args:
         further: the entry of this name in a batch.
         needs: `Objective.needs`. The hashes of other positives are always returned.
+        gather: maps the rows of this rank to those of all ranks.
     """
-    given = {name: gather_rows(further[name]) for name in ("other_ids", *needs) if name in further}
+    given = {name: gather(further[name]) for name in ("other_ids", *needs) if name in further}
     if "other_ids" in given:
         given["other_ids"] = used_columns(given["other_ids"])
     return given

@@ -1,10 +1,10 @@
 """Rules that decide which columns of a table hold which texts: by known column names, or as the user names the columns.
 
-Case, spaces, hyphens and underscores do not matter when names are compared. There are two kinds of known layouts:
+`hf_embed.data.known_columns` lists the names. There are two kinds of known layouts:
 
-- A layout in LAYOUTS names its positives. The first such layout that matches is used, whatever other columns the table has.
-- A layout in DESCRIBED only describes what its texts are. It is used only if nothing else matches. For example, a table with
-  question, answer and context contains two such pairs, and is refused.
+- A layout in `LAYOUTS` names its positives. The first such layout that matches is used, whatever other columns the table has.
+- A layout in `DESCRIBED` or `ALIKE` only describes what its texts are. It is used only if nothing else matches. For example, a
+  table with question, answer and context contains two such pairs, and is refused.
 
 The user names columns with other names: `--columns anchor=frage positive=antwort`.
 """
@@ -19,8 +19,26 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset, IterableDataset, Value
 
-from hf_embed.data.files import NEGATIVE, SEPARATOR_NAMES, other_separator, shortened
-from hf_embed.errors import InputError, errors_of
+from hf_embed.data.known_columns import (
+    ALIKE,
+    ANCHORS,
+    DESCRIBED,
+    JUDGMENT,
+    LAYOUTS,
+    NO_TEXT,
+    POSITIVES,
+    SINGLE,
+    WITH_TEXT,
+    by_plain_name,
+    is_negative,
+    is_teacher_score,
+    matching,
+    numbers_in,
+    plain,
+    seems_to_hold,
+)
+from hf_embed.data.text_files import SEPARATOR_NAMES, other_separator
+from hf_embed.errors import InputError, errors_of, shortened
 from hf_embed.ranges import is_one_of
 
 logger = logging.getLogger(__name__)
@@ -29,76 +47,17 @@ ACCEPTED = (
     "text; sent0, sent1[, hard_neg]; anchor, positive[, negative...]; query, positive[, negative...]; question, answer and "
     "others that docs/guides/own_data.md lists"
 )
-SINGLE = ("text", "sentence")
-ANCHORS, POSITIVES = ("anchor", "query", "question"), ("positive", "positives", "pos", "positivepassages", "positivectxs")
-LAYOUTS = [
-    *((anchor, positive) for anchor in ANCHORS[:2] for positive in POSITIVES),
-    ("sent0", "sent1"),
-    *(("question", positive) for positive in POSITIVES),
-    ("anchor", "entailment"),
-    ("premise", "entailment"),
-]
-# Pairs of two texts of the same kind. If a column of labels says which pairs match, `hf_embed.data.labeled` reads them.
-INFERENCE = ("premise", "hypothesis")  # without a label, the relation between the two is unknown
-ALIKE = [
-    ("sentence0", "sentence1"),
-    ("sentence1", "sentence2"),
-    ("sentencea", "sentenceb"),
-    ("question1", "question2"),
-    ("text1", "text2"),
-    ("title1", "title2"),
-    ("caption1", "caption2"),
-]
-DESCRIBED = [
-    *((query, document) for query in ("question", "query") for document in ("answer", "passage", "document", "context")),
-    ("title", "body"),
-    ("title", "abstract"),
-    ("summary", "article"),
-    ("comment", "code"),
-    ("docstring", "code"),
-    ("funcdocumentationstring", "funccodestring"),
-    *ALIKE,
-]
-# A table with a column `text` counts as single texts, unless the caller asks for pairs.
-WITH_TEXT = [("title", "text")]
-# A column whose name contains one of these words judges a pair: label, gold_label, is_duplicate, relevance_score ...
-JUDGING = {"label", "labels", "score", "scores", "similarity", "sim", "gold", "duplicate", "paraphrase", "relevance",
-           "relevant", "relatedness", "entailment", "judgment", "judgement", "grade", "rating", "target", "y"}  # fmt: skip
-# So does a name that ends in one of these words (user_votes and isCorrect, but not correct_answer), or is one of these names.
-JUDGING_ENDS = {"star", "stars", "vote", "votes", "upvotes", "downvotes", "match", "matched", "correct", "valid", "verdict"}
-JUDGING_NAMES = {"isanswer", "ispositive", "positivepair"}
-GRADES = {"score", "scores", "similarity", "sim", "relatedness", "rating", "stars", "votes"}
 # An unused column of pairs with at least two and at most so many different values may judge them, whatever its name is.
 FEW_VALUES = 10
 LOOKED_AT = 10_000  # rows of a table whose values are looked at
 FIRST_ROWS = 100  # rows of a stream that are checked before training
 TRUTHS = {"true", "false", "yes", "no"}
-# Columns of teacher scores do not judge a pair: it is already known whether the scored texts are positives or negatives.
-TEACHER = re.compile(r"(pos|neg)(itive|ative)?s?(_?\d+)?_scores?(_?\d+)?", re.IGNORECASE)
-# A column whose name contains one of these words does not hold texts to train on.
-NO_TEXT = {"id", "ids", "idx", "index", "url", "urls", "link", "lang", "language", "date", "split", "unnamed", "type", "genre",
-           "uid", "key", "hash", "number", "nr"}  # fmt: skip
-# Words in the names of columns that are not known, from which the advice in a message guesses their roles.
-ASKING = {"query", "question", "anchor", "instruction", "prompt"}
-ANSWERING = {"pos", "positive", "positives", "answer", "answers", "passage", "document", "doc", "text", "body", "output",
-             "response", "reply", "chosen"}  # fmt: skip
-NEGATING = {"neg", "negative", "negatives", "rejected"}
 NAMED_OTHERWISE = "(or columns: in a sources file, or rename_columns of a Dataset)"
 # A column name with more words than this may be a text, because the file has no header.
 NAME_WORDS = 4
 # Roles that the user may give a column -> the name that the column gets.
 ROLES = {"text": "text", "anchor": "anchor", "query": "anchor", "positive": "positive", "positives": "positive",
          "negative": "negative", "negatives": "negative", "score": "score"}  # fmt: skip
-
-
-def plain(column: str) -> str:
-    """Return a column name in lower case without spaces, hyphens and underscores: "Sentence 1" becomes "sentence1"."""
-    return re.sub(r"[\s_-]+", "", column).lower()
-
-
-def words_of(column: str) -> list[str]:
-    """Return the words of a column name in lower case: relevanceScore becomes relevance, score."""
-    return re.split(r"[\W_\d]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", column).lower())
 
 
 def column_names(rows: Dataset | IterableDataset) -> list[str]:
@@ -122,22 +81,7 @@ def text_columns(names: list[str], name: str, paired: bool | None = None, scores
         InputError: if no columns match, if more than one choice is possible, or if an unused column judges the pairs, because
             then some pairs may not be positives.
     """
-    found = {plain(column): column for column in reversed(names)}
-    single = next((found[column] for column in SINGLE if column in found), None)
-    if single is None and len(names) == 1 and (paired is False or plain(names[0]) not in POSITIVES):
-        single = names[0]
-        if separator := other_separator(single):
-            raise InputError(
-                f"{name}: there is only one column, '{shortened(single)}', and its name contains {SEPARATOR_NAMES[separator]}, "
-                "which may be the separator of the file; write the file again, or rename the column"
-            )
-        if len(single.split()) > NAME_WORDS:
-            raise InputError(
-                f"{name}: there is only one column, '{shortened(single)}'; if this is a text, add a header above it, for "
-                "example text; otherwise rename the column"
-            )
-        if len(single.split()) > 1:
-            logger.warning(f"{name}: '{single}' is read as the name of the only column; if it is a text, add a header above it")
+    single = single_column(names, name, paired)
     pair = None if paired is False else pair_of(names, name, None if paired else single)
     if pair is not None:
         columns = pair + negative_columns(names)
@@ -158,6 +102,33 @@ def text_columns(names: list[str], name: str, paired: bool | None = None, scores
     return columns
 
 
+def single_column(names: list[str], name: str, paired: bool | None) -> str | None:
+    """Return the column of single texts: text or sentence, or the only column, unless its name is that of positives.
+
+    Raises:
+        InputError: if the name of the only column may be a text, or several names.
+    """
+    found = by_plain_name(names)
+    if known := [found[column] for column in SINGLE if column in found]:
+        return known[0]
+    if len(names) != 1 or (paired is not False and plain(names[0]) in POSITIVES):
+        return None
+    only, words = names[0], len(names[0].split())
+    if separator := other_separator(only):
+        raise InputError(
+            f"{name}: there is only one column, '{shortened(only)}', and its name contains {SEPARATOR_NAMES[separator]}, "
+            "which may be the separator of the file; write the file again, or rename the column"
+        )
+    if words > NAME_WORDS:
+        raise InputError(
+            f"{name}: there is only one column, '{shortened(only)}'; if this is a text, add a header above it, for "
+            "example text; otherwise rename the column"
+        )
+    if words > 1:
+        logger.warning(f"{name}: '{only}' is read as the name of the only column; if it is a text, add a header above it")
+    return only
+
+
 def pair_of(names: list[str], name: str, single: str | None = None) -> list[str] | None:
     """Return the columns of anchors and positives, or None if there are none.
 
@@ -166,14 +137,9 @@ def pair_of(names: list[str], name: str, single: str | None = None) -> list[str]
     Raises:
         InputError: if more than one pair of columns matches, or if the table could also hold single texts.
     """
-    found = {plain(column): column for column in reversed(names)}
-
-    def matches(layouts: list[tuple[str, str]]) -> list[list[str]]:
-        return [[found[column] for column in pair] for pair in layouts if found.keys() >= set(pair)]
-
-    if named := matches(LAYOUTS):
+    if named := matching(LAYOUTS, names):
         return named[0]
-    described = matches(DESCRIBED if single else DESCRIBED + WITH_TEXT)
+    found, described = by_plain_name(names), matching([*DESCRIBED, *ALIKE, *([] if single else WITH_TEXT)], names)
     asked = [found[column] for column in ANCHORS if column in found]
     if asked and not any(pair[0] in asked for pair in described):  # the query would be left out
         described = [[asked[0], single]] if single is not None else []
@@ -190,15 +156,10 @@ def pair_of(names: list[str], name: str, single: str | None = None) -> list[str]
 
 def negative_columns(names: list[str]) -> list[str]:
     """Return the columns of negatives, with negative_10 after negative_9. Beside entailments, contradictions are negatives."""
-    negatives = [column for column in names if NEGATIVE.fullmatch(column)]
+    negatives = [column for column in names if is_negative(column)]
     if "entailment" in map(plain, names):
         negatives += [column for column in names if plain(column) == "contradiction"]
     return sorted(negatives, key=numbers_in)
-
-
-def numbers_in(name: str) -> list[int]:
-    """Return the numbers in a name: 2 of negative_2_score. They sort negative_10 after negative_9."""
-    return [int(digits) for digits in re.findall(r"\d+", name)]
 
 
 def refuse_twins(names: list[str], columns: list[str], name: str) -> None:
@@ -213,21 +174,21 @@ def refuse_twins(names: list[str], columns: list[str], name: str) -> None:
 
 def mend(names: list[str], paired: bool | None) -> str:
     """Return advice for a table whose columns are not recognized."""
-    judging = judging_columns(names)
-    texts = [column for column in names if column not in judging and not NO_TEXT.intersection(words_of(column))]
-    negatives = [column for column in texts if NEGATIVE.fullmatch(column) or NEGATING.intersection(words_of(column))]
-    texts = [column for column in texts if column not in negatives]
+    held: dict[str, list[str]] = {}
+    for column in names:
+        held.setdefault(seems_to_hold(column), []).append(column)
+    anchors, positives, others = (held.get(role, []) for role in ("anchor", "positive", "text"))
+    texts = [column for column in names if column in (*anchors, *positives, *others)]
     if paired is False:
         return f"name the column with {flag((texts or ['COLUMN'])[0])}; recognized names are text and sentence"
     accepted = f"recognized columns are {ACCEPTED if paired is None else ACCEPTED.removeprefix('text; ')}"
     if len(texts) < 2:
         return f"a pair needs two columns of texts; train on single texts with unsup-simcse; {accepted}"
+    judging = held.get(JUDGMENT)
     beside = f"; keep only the pairs that '{judging[0]}' marks as a match; the others are not positives" if judging else ""
-    answers = [column for column in texts if ANSWERING.intersection(words_of(column))]
-    others = [column for column in texts if column not in answers]
-    anchor = next((column for column in texts if ASKING.intersection(words_of(column))), (others or texts)[0])
-    positive = next(column for column in [*answers, *others] if column != anchor)
-    return f"name the columns with {flag(anchor, positive, *negatives)}{beside}; {accepted}"
+    anchor = (anchors or others or positives)[0]
+    positive = next(column for column in (*positives, *others, *anchors) if column != anchor)
+    return f"name the columns with {flag(anchor, positive, *held.get('negative', []))}{beside}; {accepted}"
 
 
 def flag(*columns: str) -> str:
@@ -242,13 +203,7 @@ def flag(*columns: str) -> str:
 
 def judging_columns(names: list[str]) -> list[str]:
     """Return the columns whose names say that they judge pairs."""
-    return [column for column in names if judges(column) and not TEACHER.fullmatch(column)]
-
-
-def judges(column: str) -> bool:
-    """Return whether the name of a column says that it judges pairs."""
-    words = [word for word in words_of(column) if word]
-    return bool(JUDGING.intersection(words) or JUDGING_ENDS.intersection(words[-1:])) or plain(column) in JUDGING_NAMES
+    return [column for column in names if seems_to_hold(column) == JUDGMENT]
 
 
 def judging_values(rows: Dataset | list[dict], unused: Sequence[str]) -> dict[str, list[str]]:
@@ -261,7 +216,7 @@ def judging_values(rows: Dataset | list[dict], unused: Sequence[str]) -> dict[st
         rows: a table, of which evenly spaced rows are looked at; or the first rows of a stream.
         unused: the columns to look at.
     """
-    unused = [column for column in unused if not NO_TEXT.intersection(words_of(column)) and not TEACHER.fullmatch(column)]
+    unused = [column for column in unused if seems_to_hold(column) != NO_TEXT]
     if isinstance(rows, Dataset):
         kinds = {column: rows.features[column] for column in unused if not has_times(rows, column)}
         unused = [column for column, kind in kinds.items() if isinstance(kind, Value | ClassLabel)]
@@ -310,13 +265,11 @@ def refuse_judgements(unused: list[str], name: str) -> None:
     A pair with label 0 is not a positive pair, but the training would treat it as one.
     """
     if judging := judging_columns(unused):
-        graded = GRADES.intersection(words_of(judging[0]))
-        scores = "; to learn from graded pairs, use scored-pairs or the objective CoSENT"
-        scores = f"{scores}, with {shlex.quote(f'score={judging[0]}')} in --columns" if graded else ""
         raise InputError(
             f"{name}: the column '{judging[0]}' judges the pairs, but training does not use it and would treat every pair "
             f"as a positive; keep only the matching pairs, and remove the column with --ignore_columns {' '.join(judging)} (or "
-            f"leave it out of --columns, or ignore_columns: in a sources file, or remove_columns of a Dataset){scores}"
+            "leave it out of --columns, or ignore_columns: in a sources file, or remove_columns of a Dataset); to learn from "
+            "graded pairs, use scored-pairs or the objective CoSENT"
         )
 
 
@@ -371,7 +324,7 @@ def take_columns(rows: Dataset | IterableDataset, columns: dict) -> Dataset | It
         refuse_judgements(unused, "columns")
         if unused and "score" not in roles:
             warn_of_judgements(rows if isinstance(rows, Dataset) else list(islice(rows, FIRST_ROWS)), unused, "columns")
-    scores = [column for column in found if TEACHER.fullmatch(column) and column not in names and len(names) > 1]
+    scores = [column for column in found if is_teacher_score(column) and column not in names and len(names) > 1]
     rows = rows.select_columns([*names, *scores])
     # Rename in two steps, because a stream cannot swap two names in one step.
     rows = rows.rename_columns({old: f"{new} of {old}" for old, new in names.items()})

@@ -1,6 +1,6 @@
 """Conversion of labeled pairs, such as those of SNLI and QQP, to anchors, positives and hard negatives.
 
-    premise, hypothesis, label      also sentence1 and sentence2, question1 and question2, and similar names (`ALIKE`);
+    premise, hypothesis, label      also sentence1 and sentence2, question1 and question2, and similar names (`known_columns`);
                                     also labels, gold_label, is_duplicate, is_paraphrase in place of label
 
 Pairs with inference labels (entailment, neutral, contradiction) become triplets, as in SimCSE's NLI file
@@ -26,37 +26,25 @@ import hashlib
 import logging
 import math
 import re
-import shlex
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from datasets import ClassLabel, Dataset, Features, IterableDataset, List, Value
 
-from hf_embed.data import files
-from hf_embed.data.columns import (
-    ALIKE,
-    DESCRIBED,
-    INFERENCE,
-    LAYOUTS,
-    NAMED_OTHERWISE,
-    SINGLE,
-    column_names,
-    negative_columns,
-    plain,
-    text_columns,
-)
-from hf_embed.data.sources import DROP_ADVICE, row_texts, texts_of
-from hf_embed.errors import EmptyTextError, InputError
+from hf_embed.data import text_files
+from hf_embed.data.columns import column_names, negative_columns, text_columns
+from hf_embed.data.known_columns import ALIKE, DESCRIBED, INFERENCE, LABELS, LAYOUTS, SINGLE, by_plain_name, matching, plain
+from hf_embed.data.sources import kept_rows, texts_of
+from hf_embed.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-# Names of label columns, in the form that `plain` returns.
-LABELS = ("label", "labels", "goldlabel", "isduplicate", "duplicate", "isparaphrase", "paraphrase", "entailmentlabel")
 POSITIVE, NEGATIVE, NEUTRAL, NO_LABEL = "positive", "negative", "neutral", "without a label"
 EMPTY, TWICE = "with an empty text", "repeated"
 BATCH = 10_000  # rows read at a time
 LABELS_OF_INFERENCE = {"entailment": POSITIVE, "neutral": NEUTRAL, "contradiction": NEGATIVE}
+NUMBERS_OF_INFERENCE = {"0": "entailment", "1": "neutral", "2": "contradiction"}  # as in SNLI
 # The words for the two labels of datasets with two labels.
 MATCHES = ("1", "true", "yes", "duplicate", "equivalent", "paraphrase", "entailment")
 NO_MATCHES = ("0", "-1", "false", "no", "notduplicate", "notequivalent", "notparaphrase", "notentailment")
@@ -82,11 +70,9 @@ def labeled_layout(names: list[str], name: str) -> Layout | None:
     Raises:
         InputError: if there are two columns of labels.
     """
-    found = {plain(column): column for column in reversed(names)}
-    pairs = [pair for pair in [INFERENCE, *ALIKE] if found.keys() >= set(pair)]
-    others = [pair for pair in [*LAYOUTS, *DESCRIBED] if found.keys() >= set(pair) and pair not in ALIKE]
+    found, pairs = by_plain_name(names), matching([INFERENCE, *ALIKE], names)
     labels = [found[label] for label in LABELS if label in found]
-    if len(pairs) != 1 or others or not labels or negative_columns(names):
+    if len(pairs) != 1 or matching([*LAYOUTS, *DESCRIBED], names) or not labels or negative_columns(names):
         return None
     if len(labels) > 1:
         raise InputError(
@@ -94,7 +80,7 @@ def labeled_layout(names: list[str], name: str) -> Layout | None:
             "(or ignore_columns: in a sources file)"
         )
     first, second = pairs[0]
-    return Layout(found[first], found[second], labels[0])
+    return Layout(first, second, labels[0])
 
 
 def as_pairs(
@@ -153,7 +139,7 @@ def meanings_of(rows: Dataset, layout: Layout, name: str) -> Meanings:
     Raises:
         InputError: if the meaning of a label is unknown.
     """
-    texts = texts_of_labels(rows, layout)
+    texts = texts_of_labels(rows, layout.label)
     absent = words_without_meaning(set(texts.values()), layout, rows.features[layout.label])
     words = set(texts.values()) - absent
     where = f"{name}, column '{layout.label}'"
@@ -162,16 +148,18 @@ def meanings_of(rows: Dataset, layout: Layout, name: str) -> Meanings:
             f"{where}: {graded[0]} is a score, which does not say if a pair is a positive or a negative; evaluate on these "
             f"pairs with --eval_sts_file, or keep only similar pairs and remove the column with --ignore_columns {layout.label}"
         )
-    numbers = all(word.isdecimal() for word in words)
     written = {text: written_as(label, rows.features[layout.label]) for label, text in texts.items()}
-    inference, shown = words <= set(LABELS_OF_INFERENCE), {word: written[word] for word in words}
-    known = LABELS_OF_INFERENCE
-    if numbers and layout.inference and words <= {"0", "1", "2"} and "2" in words:  # the order of SNLI
-        inference, known = True, {str(number): meaning for number, meaning in enumerate(LABELS_OF_INFERENCE.values())}
-        shown = {str(number): f"{number} ({word})" for number, word in enumerate(LABELS_OF_INFERENCE)}
-    elif not inference:
-        known = dict.fromkeys(MATCHES, POSITIVE) | dict.fromkeys(NO_MATCHES, NEGATIVE)
-    if not words or not words <= set(known) or (numbers and layout.inference and not inference):
+    shown = {word: written[word] for word in words}
+    if layout.inference and "2" in words and words <= NUMBERS_OF_INFERENCE.keys():
+        inference, known = True, {word: LABELS_OF_INFERENCE[NUMBERS_OF_INFERENCE[word]] for word in words}
+        shown = {word: f"{word} ({NUMBERS_OF_INFERENCE[word]})" for word in words}
+    elif words <= LABELS_OF_INFERENCE.keys():
+        inference, known = True, LABELS_OF_INFERENCE
+    elif layout.inference and all(word.isdecimal() for word in words):  # nothing says which number is the entailment
+        inference, known = True, {}
+    else:
+        inference, known = False, dict.fromkeys(MATCHES, POSITIVE) | dict.fromkeys(NO_MATCHES, NEGATIVE)
+    if not words or not words <= known.keys():
         some = sorted(shown.values())[:5] + ["..."] * (len(words) > 5)
         raise InputError(f"{where}: the labels are {', '.join(some) or 'all missing'}; {mend_of(words, layout)}")
     parts = {meaning: sorted(shown[word] for word in words if known[word] == meaning) for meaning in (POSITIVE, NEGATIVE)}
@@ -179,16 +167,16 @@ def meanings_of(rows: Dataset, layout: Layout, name: str) -> Meanings:
     return Meanings({label: NO_LABEL if text in absent else known[text] for label, text in texts.items()}, inference, explained)
 
 
-def texts_of_labels(rows: Dataset, layout: Layout) -> dict[Any, str]:
-    """Return the word of each different label in the rows."""
-    batches = rows.select_columns(layout.label).iter(BATCH)
-    labels = dict.fromkeys(hashable(label) for batch in batches for label in batch[layout.label])
-    return {label: text_of(label, rows.features[layout.label]) for label in labels}
+def texts_of_labels(rows: Dataset, column: str) -> dict[Any, str]:
+    """Return the word of each different label in a column."""
+    batches = rows.select_columns(column).iter(BATCH)
+    labels = dict.fromkeys(hashable(label) for batch in batches for label in batch[column])
+    return {label: text_of(label, rows.features[column]) for label in labels}
 
 
 def are_graded(rows: Dataset, layout: Layout) -> bool:
     """Return whether the labels are numbers that grade the pairs, such as 0 to 5: they say how similar the texts are."""
-    words = set(texts_of_labels(rows, layout).values()).difference(ABSENT)
+    words = set(texts_of_labels(rows, layout.label).values()).difference(ABSENT)
     numbers = all(re.fullmatch(r"\d*\.?\d+", word) for word in words)
     return numbers and not words <= {"0", "1"} and not (layout.inference and words <= {"0", "1", "2"})
 
@@ -217,44 +205,6 @@ def written_as(label: Any, feature: Any) -> str:
     if isinstance(feature, ClassLabel) and label is not None and label >= 0:
         label = feature.int2str(label)
     return re.sub(r"^(-?\d+)\.0+$", r"\1", str(label).strip().lower())
-
-
-def check_label_names(rows: Dataset, column: str, name: str) -> None:
-    """Check that the numbers of a `ClassLabel` can be used as scores: 0 is the lowest, and -1 stands for no label.
-
-    Raises:
-        InputError: if a row has no label, if names that are numbers (such as 1 to 5) are not in ascending order, or if the
-            lowest number means that texts belong together, as in GLUE's RTE, where it is entailment.
-    """
-    kind = rows.features[column]
-    if not isinstance(kind, ClassLabel):
-        return
-    first = kind.names[0]
-    numbers = [float(name) for name in kind.names if re.fullmatch(r"-?\d+(\.\d+)?", name)]
-    all_numbers = len(numbers) == len(kind.names)
-    if numbers != sorted(numbers) if all_numbers else plain(first) in (*MATCHES, "relevant"):
-        raise InputError(
-            f"{name}: the label 0 of column '{column}' is named {first}, but a higher number must mean that two texts belong "
-            "together more; write scores, or 0 and 1, in place of the names"
-        )
-    labels = rows[column][:]
-    if -1 in labels:
-        raise InputError(
-            f"{name}, row {labels.index(-1) + 1}, column '{column}': -1 stands for no label; fill it in or delete the row"
-        )
-
-
-def refuse_inference_labels(rows: Dataset, column: str, name: str) -> None:
-    """Raise InputError if 0, 1 and 2 in a column of labels may be those of NLI, whose order is not that of similarity."""
-    if plain(column) not in LABELS or isinstance(rows.features[column], ClassLabel):  # its names were checked
-        return
-    words = {written_as(label, rows.features[column]) for label in rows[column][:]}.difference(ABSENT)
-    if "2" in words and words <= {"0", "1", "2"}:
-        raise InputError(
-            f"{name}, column '{column}': the labels 0, 1 and 2 may mean entailment, neutral and contradiction, which are not "
-            f"scores; write scores in their place, or give --columns {shlex.quote(f'score={column}')} {NAMED_OTHERWISE} if 2 "
-            "stands for the most similar texts"
-        )
 
 
 def mend_of(words: set[str], layout: Layout) -> str:
@@ -322,14 +272,10 @@ def grouped(rows: Dataset, layout: Layout, meanings: Meanings, name: str, drop_e
             if meaning not in (POSITIVE, NEGATIVE):
                 groups.counts[meaning] += 1
                 continue
-            try:
-                pair = {layout.first: first, layout.second: second}
-                texts = row_texts(pair, list(pair), f"{name}, row {start * BATCH + place}")
-            except EmptyTextError as error:
-                if not drop_empty_rows:
-                    raise InputError(f"{error} ({DROP_ADVICE})") from error
-                groups.counts[EMPTY] += 1
-            else:
+            pair = {layout.first: first, layout.second: second}
+            kept = kept_rows(pair, list(pair), f"{name}, row {start * BATCH + place}", drop_empty_rows)
+            groups.counts[EMPTY] += not kept
+            for texts, _ in kept:
                 groups.add(texts[0], texts[1], meaning)
     return groups
 
@@ -341,7 +287,7 @@ def cached(rows: list[dict[str, Any]]) -> Dataset:
         hashed.update(repr(row).encode())
     texts = List(Value("string"))
     features = Features({"anchor": Value("string"), "positive": texts, "negatives": texts})
-    return files.cached_rows(hashed.hexdigest()[:32], features, rows)
+    return text_files.cached_rows(hashed.hexdigest()[:32], features, rows)
 
 
 def read_pairs(rows: Dataset, name: str) -> list[tuple[str, str]]:

@@ -1,7 +1,8 @@
-"""Training on many sources: which sources there are, how often each one is drawn, and how their rows are read by number.
+"""Sources of rows to train on: the settings of a source, its tokenized rows, and how often each of many sources is drawn.
 
-A batch has rows of one source only (GTE, section 3.2). So the negatives of a row are texts of the same kind, and the model
-cannot tell them apart by their kind. Source i with n_i rows and weight w_i is drawn with the probability
+A single table is a source without settings of its own. With many sources, a batch has rows of one source only (GTE, section
+3.2). So the negatives of a row are texts of the same kind, and the model cannot tell them apart by their kind. Source i with
+n_i rows and weight w_i is drawn with the probability
 
     p_i = w_i n_i^alpha / sum_j w_j n_j^alpha
 
@@ -10,46 +11,30 @@ A YAML file can list the sources (`hf_embed.data.source_files`).
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import InitVar, dataclass, field
-from itertools import chain, islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
-import pyarrow
 import torch
 from datasets import Dataset, IterableDataset
-from datasets.distributed import split_dataset_by_node
 from torch import Tensor
 
-from hf_embed.data.columns import FIRST_ROWS, column_names, negative_columns, take_columns, text_columns, warn_of_judgements
+from hf_embed.data.columns import column_names, negative_columns, take_columns
 from hf_embed.data.labeled import as_pairs
 from hf_embed.data.python_rows import as_rows
-from hf_embed.data.sampling import generator
 from hf_embed.data.scores import has_scores
-from hf_embed.data.sources import check_first_texts, kept_rows
-from hf_embed.data.tokenization import (
-    RowTokenizer,
-    most_texts,
-    tokenize_table,
-    too_few_rows,
-    truncated_share,
-    warn_of_truncation,
-)
-from hf_embed.errors import InputError, RankError, errors_of
-from hf_embed.library_internals import was_cut, was_split
+from hf_embed.data.stream import Stream
+from hf_embed.data.tokenization import RowTokenizer, most_texts, tokenize_table, truncated_share, warn_of_truncation
+from hf_embed.errors import InputError, errors_of
 from hf_embed.objectives.base import Objective, as_objective
-from hf_embed.progress import hidden_bars, progress_bar, table_bars
-from hf_embed.ranges import COUNT, POSITIVE, Range, out_of_range
-from hf_embed.read_files import first_line
+from hf_embed.progress import hidden_bars, progress_bar
+from hf_embed.ranges import ABOVE_ZERO, COUNT, Range, out_of_range
 
 if TYPE_CHECKING:
     from hf_embed.arguments import ContrastiveTrainingArguments
     from hf_embed.encoder import Encoder
 
 logger = logging.getLogger(__name__)
-
-# The largest number of positives in a row of a stream. The actual number is unknown in advance.
-MOST_POSITIVES = 64
 
 
 @dataclass
@@ -59,7 +44,7 @@ class Source:
     Args:
         name: the name in messages and logs (`loss_NAME`).
         rows: an `IterableDataset`, or rows of a kind that `hf_embed.data.python_rows` lists; their columns are those that
-            `hf_embed.data.sources` lists.
+            `hf_embed.data.known_columns` lists.
         query_prompt, document_prompt: text to put before queries and documents; default: the prompts of the model.
         max_length: the maximum number of tokens of a text; default: that of the run.
         negatives: how many hard negatives of each row to use; default: all. It is required for a stream with negatives.
@@ -68,7 +53,7 @@ class Source:
         size: the approximate number of rows of an `IterableDataset`.
         origin: where the rows come from, for messages.
         columns: which columns hold what, for example {"anchor": "question", "positive": "answer"}; also with "negative" (one
-            column or a list), or only "text". Default: the columns are recognized by the names in `hf_embed.data.sources`.
+            column or a list), or only "text". Default: the columns are recognized by `hf_embed.data.known_columns`.
 
     Raises:
         InputError: if a column does not exist, the weight is not above 0, negatives or max_length is too small, there are no
@@ -88,7 +73,7 @@ class Source:
     columns: InitVar[dict[str, str | list[str]] | None] = None
 
     def __post_init__(self, columns: dict[str, str | list[str]] | None) -> None:
-        if self.weight not in POSITIVE:
+        if self.weight not in ABOVE_ZERO:
             raise InputError(f"{self.label}: the weight is {self.weight}; it must be a number above 0 (or remove the source)")
         for key, allowed in (("negatives", Range(least=0, whole=True)), ("max_length", COUNT), ("size", COUNT)):
             value = getattr(self, key)
@@ -124,126 +109,103 @@ class Source:
         return f"source '{self.name}'" + (f" ({self.origin})" if self.origin else "")
 
 
-def check_sources(sources: list[Source]) -> None:
-    """Check that there is at least one source, and that the names of the sources differ."""
-    names = [source.name for source in sources]
-    if not names:
-        raise InputError("there is no source to train on; list at least one")
-    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
-        raise InputError(f"two sources are named '{twice[0]}'; rename one of them")
+TrainData: TypeAlias = Dataset | list[Source]  # what a training reads: one table, or several sources
 
 
-# ---- rows by number ----
+# ---- from rows to token ids ----
 
 
-class Stream:
-    """This rank's rows of an iterable dataset, numbered from 0. The rows are shuffled in a buffer and repeated without end.
+def tokenize_source(
+    source: Source,
+    encoder: "Encoder",
+    args: "ContrastiveTrainingArguments",
+    objective: Objective,
+    name: str | None = None,
+    paired: bool | None = None,
+) -> "Dataset | Stream":
+    """Tokenize the table of a source, or open its stream, with the settings of the source if it has some.
 
-    Each pass over the rows is shuffled differently, from (seed, pass). To read a row, all rows before it are read too. Reading
-    an earlier row again starts from the beginning of the first pass.
+    Args:
+        source: the source.
+        encoder: the encoder whose tokenizer, maximum length and prompts are used.
+        args: the training arguments.
+        objective: the objective of sources that have none of their own.
+        name: the name of the rows in messages. Default: the label of the source.
+        paired: see `hf_embed.data.columns.text_columns`.
+
+    Raises:
+        InputError: if a setting does not suit the model or the rows, the columns are not recognized, or a text is empty.
     """
+    name = name or source.label
+    tokenizer = source_tokenizer(source, encoder, objective, args.teacher)
+    rows = source_rows(source, tokenizer, name, paired, args.drop_empty_rows)
+    if isinstance(rows, Dataset):
+        return tokenize_table(rows, tokenizer, name, paired, args.drop_empty_rows, source.negatives)
+    rank, ranks, seed = args.process_index, args.world_size, data_seed(args)
+    return Stream(source, tokenizer, rank, ranks, seed, args.shuffle_buffer_size, args.drop_empty_rows)
 
-    def __init__(self, source: Source, tokenizer: RowTokenizer, rank: int, ranks: int, seed: int, buffer_size: int, drop: bool):
-        self.label, self.tokenizer, self.negatives, self.drop = source.label, tokenizer, source.negatives, drop
-        self.columns = text_columns(column_names(source.rows), source.label)
-        self.rows, self.rank, self.ranks, self.seed, self.buffer_size = source.rows, rank, ranks, seed, buffer_size
-        self.size = source.size or 0  # `Source` guarantees that the size is set
-        self.read = 0  # the number of rows that have been read from `endless`
-        self.endless: Iterator[tuple[list[str], list[str]]] | None = None
-        self.views = 2 + (source.negatives or 0)
-        if len(self.columns) > 2 and source.negatives is None:
-            raise InputError(
-                f"{source.label}: a streaming dataset with negatives needs negatives: (the number to use per row), or "
-                "Source(name, rows, negatives=...) in a script"
-            )
-        if ranks > 1 and was_split(source.rows):
-            raise InputError(f"{source.label}: the stream is split among processes twice; give each process the whole stream")
-        first = list(islice(source.rows, FIRST_ROWS))
-        check_first_texts(first, self.columns, source.label)
-        if len(self.columns) > 1:
-            unused = dict.fromkeys(column for row in first for column in row if column not in self.columns)
-            warn_of_judgements(first, list(unused), self.label)
-        # Whether the cells of positives are lists.
-        self.several = any(isinstance(row.get(column), list) for row in first for column in self.columns[1:2])
-        probe = [texts for number, row in enumerate(first, 1) for texts, _ in self.texts(row, f"row {number}")]
-        if max(len(first), len(probe)) < 2:
-            raise too_few_rows(len(probe), source.label)
-        tokens = tokenizer(probe)
-        self.truncated_share = sum(tokens["truncated"]) / max(1, sum(map(len, probe)))
-        self.probed_ids = pyarrow.chunked_array([tokens["text_ids"]], pyarrow.list_(pyarrow.int64()))  # of the first rows
 
-    def __len__(self) -> int:
-        return self.size
+def source_tokenizer(source: Source, encoder: "Encoder", objective: Objective, teacher: str | None) -> RowTokenizer:
+    """Return the tokenizer of a source's rows, with the maximum length and the prompts of the source if it sets them.
 
-    def __getitems__(self, numbers: list[int]) -> list[dict]:
-        if self.endless is None or numbers[0] < self.read:
-            self.endless, self.read = self.passes(), 0
-        texts = list(islice(self.endless, numbers[0] - self.read, numbers[-1] + 1 - self.read))
-        self.read = numbers[-1] + 1
-        others = [others_of_row for _, others_of_row in texts] if self.several else None
-        columns = self.tokenizer([own for own, _ in texts], others, MOST_POSITIVES - 1)
-        return [dict(zip(columns, row)) for row in zip(*columns.values())]
+    If the objective needs scores, they are read from the columns of the rows. If there are none, or if the objective needs
+    vectors, the tokenized rows keep their texts for the teacher.
 
-    def one_pass(self, turn: int) -> IterableDataset:
-        """Return this rank's rows of one pass, shuffled, as a separate dataset.
+    Args:
+        source: the source.
+        encoder: its tokenizer is used, and its maximum length and prompts are the defaults.
+        objective: the objective of sources that have none of their own.
+        teacher: the name of the teacher, if there is one.
 
-        With a shared dataset, `set_epoch` would also change the passes of other worker processes. After `take` or `skip`, the
-        ranks share the rows and not the files, because `datasets` would take or skip a part of the rows in each rank's files.
-        """
-        shuffled = self.rows.shuffle(seed=generator(self.seed, turn).initial_seed(), buffer_size=self.buffer_size)
-        if self.ranks > 1 and was_cut(self.rows):
-            return shuffled.filter(lambda row, number: number % self.ranks == self.rank, with_indices=True)
-        return split_dataset_by_node(shuffled, self.rank, self.ranks)
+    Raises:
+        InputError: if a setting does not suit the model.
+    """
+    max_length = source.max_length or encoder.max_length
+    if max_length > encoder.max_length:
+        raise InputError(
+            f"{source.label}: max_length {max_length} is larger than {encoder.max_length}, the one of the run; lower it"
+        )
+    own = {"query": source.query_prompt, "document": source.document_prompt}
+    query, document = (encoder.prompts.get(key, "") if prompt is None else prompt for key, prompt in own.items())
+    needs = (source.own_objective or objective).needs
+    scored = "scores" in needs and (teacher is None or has_scores(column_names(source.rows)))
+    keeps_texts = any(need != "scores" or not scored for need in needs)
+    with errors_of(source.label):
+        return RowTokenizer(encoder.tokenizer, max_length, query, document, scored, keeps_texts)
 
-    def passes(self) -> Iterator[tuple[list[str], list[str]]]:
-        """Read one pass after another, without end. Yield the texts of each row and its other positives."""
-        turn = 0
-        while True:
-            kept = dropped = 0
-            # iter() would give a worker process only a part of the rows. Here each worker skips the rows of other workers.
-            batches = self.one_pass(turn).iter(batch_size=256)
-            while (texts := self.next_texts(batches)) is not None:
-                dropped += texts.count([])
-                kept += len(texts) - texts.count([])
-                yield from chain.from_iterable(texts)
-            if dropped and turn == 0:
-                logger.warning(f"{self.label}: {dropped:,} of {kept + dropped:,} rows had an empty text and were dropped")
-            if not kept:
-                raise RankError(f"{self.label}: there are no rows for this process; give more rows or files than processes")
-            turn += 1
 
-    def next_texts(self, batches: Iterator[dict]) -> list[list[tuple[list[str], list[str]]]] | None:
-        """Read the rows of the next batch in the form that `texts` returns. Return None after the last batch."""
-        try:
-            batch = next(batches, None)
-            if batch is None:
-                return None
-            late = negative_columns([column for column in batch if column not in self.columns])
-            if late and self.negatives != 0:
-                raise InputError(
-                    f"{self.label}: column {late[0]} begins after the first rows; give it in each row, maybe as null, or set "
-                    "negatives: 0 to use none"
-                )
-            rows = range(max(map(len, batch.values())))
-            return [self.texts({name: batch[name][i] for name in self.columns if name in batch}) for i in rows]
-        except InputError as error:
-            raise RankError(str(error)) from error
-        except Exception as error:  # the readers and the file systems below them raise many kinds of errors
-            raise RankError(f"{self.label}: the next rows cannot be read: {first_line(error)}") from error
+def source_rows(
+    source: Source, tokenizer: RowTokenizer, name: str, paired: bool | None, drop_empty_rows: bool
+) -> Dataset | IterableDataset:
+    """Return the rows of a source, with labeled pairs as positives and negatives.
 
-    def texts(self, row: dict, place: str = "") -> list[tuple[list[str], list[str]]]:
-        """Return (texts, other positives) for each positive of a row, or nothing if the row is dropped.
+    `tokenizer` says whether the scores of the rows are read; for the other arguments, see `hf_embed.data.labeled.as_pairs`.
 
-        `place` is what messages call the row. Default: its first characters, because the rows are shuffled.
-        """
-        where = f"{self.label}, {place or f'the row {str(row)[:60]}...'}"
-        made = kept_rows(row, self.columns, where, self.drop)
-        if len(made) > (MOST_POSITIVES if self.several else 1):
-            most = f"at most {MOST_POSITIVES}" if self.several else f"one, as in its first {FIRST_ROWS} rows"
-            raise InputError(
-                f"{where} has {len(made)} positives, but a row of this stream may have {most}; remove streaming: true"
-            )
-        return [(texts[: self.views], others) for texts, others in made]
+    Raises:
+        InputError: if the setting `negatives` or streaming does not suit the rows, or labeled pairs cannot be read.
+    """
+    rows = source.rows if tokenizer.scored else as_pairs(source.rows, name, paired, drop_empty_rows)
+    if source.negatives and not negative_columns(column_names(rows)):
+        raise InputError(f"{name}: negatives is {source.negatives}, but there is no column of negatives; remove this setting")
+    if not isinstance(rows, Dataset) and (tokenizer.scored or tokenizer.keeps_texts):
+        raise InputError(
+            f"{name}: a streaming dataset cannot have scores or a teacher, because both belong to stored rows; remove "
+            "streaming: true"
+        )
+    return rows
+
+
+def has_several_positives(table: Dataset | Stream) -> bool:
+    """Return whether tokenized rows hold the hashes of other positives."""
+    return table.several if isinstance(table, Stream) else "other_ids" in table.column_names
+
+
+def data_seed(args: "ContrastiveTrainingArguments") -> int:
+    """Return the seed for the order of the rows."""
+    return args.seed if args.data_seed is None else args.data_seed
+
+
+# ---- many sources ----
 
 
 class Mixture(torch.utils.data.Dataset):
@@ -273,11 +235,6 @@ class Mixture(torch.utils.data.Dataset):
         )
 
 
-def has_several_positives(table: Dataset | Stream) -> bool:
-    """Return whether tokenized rows hold the hashes of other positives."""
-    return table.several if isinstance(table, Stream) else "other_ids" in table.column_names
-
-
 def make_mixture(
     sources: list[Source], encoder: "Encoder", args: "ContrastiveTrainingArguments", objective: Objective
 ) -> Mixture:
@@ -291,7 +248,8 @@ def make_mixture(
     check_sources(sources)
     tables, truncated = [], {}
     for source in progress_bar(sources, desc="Tokenizing sources", unit="source"):
-        table = tokenize_source(source, encoder, args, objective)
+        with hidden_bars():  # none for each of many sources
+            table = tokenize_source(source, encoder, args, objective)
         check_size(source, len(table), args)
         tables.append(table)
         truncated[source.name] = table.truncated_share if isinstance(table, Stream) else truncated_share(table)
@@ -299,74 +257,13 @@ def make_mixture(
     return Mixture(sources, tables, args.source_alpha)
 
 
-def what_to_read(objective: Objective, columns: list[str], teacher: str | None) -> tuple[bool, bool]:
-    """Return whether a table keeps the scores of its rows, and whether it keeps their texts for the teacher.
-
-    If the objective needs scores, they come from the columns of the table. If it has none and there is a teacher, they come
-    from the teacher.
-    """
-    scored = "scores" in objective.needs and (teacher is None or has_scores(columns))
-    return scored, any(need != "scores" or not scored for need in objective.needs)
-
-
-def source_tokenizer(source: Source, encoder: "Encoder", reading: tuple[bool, bool] = (False, False)) -> RowTokenizer:
-    """Return the tokenizer of a source's rows, with the maximum length and the prompts of the source if it sets them.
-
-    `reading` says whether tables keep the scores and the texts of their rows; see `what_to_read`.
-
-    Raises:
-        InputError: if a setting does not suit the model.
-    """
-    max_length = source.max_length or encoder.max_length
-    if max_length > encoder.max_length:
-        raise InputError(
-            f"{source.label}: max_length {max_length} is larger than {encoder.max_length}, the one of the run; lower it"
-        )
-    own = {"query": source.query_prompt, "document": source.document_prompt}
-    query, document = (encoder.prompts.get(key, "") if prompt is None else prompt for key, prompt in own.items())
-    with errors_of(source.label):
-        return RowTokenizer(encoder.tokenizer, max_length, query, document, *reading)
-
-
-def tokenize_source(
-    source: Source, encoder: "Encoder", args: "ContrastiveTrainingArguments", objective: Objective
-) -> "Dataset | Stream":
-    """Tokenize the table of a source, or open its stream, with the settings of the source if it has some.
-
-    `objective` is the objective of sources that have none of their own.
-
-    Raises:
-        InputError: if a setting does not suit the model or the rows, the columns are not recognized, or a text is empty.
-    """
-    reading = what_to_read(source.own_objective or objective, column_names(source.rows), args.teacher)
-    tokenizer = source_tokenizer(source, encoder, reading)
-    rows = source_rows(source, tokenizer, source.label, None, args.drop_empty_rows)
-    if isinstance(rows, Dataset):
-        with hidden_bars(), table_bars():  # none for each of many sources
-            return tokenize_table(rows, tokenizer, source.label, None, args.drop_empty_rows, source.negatives)
-    rank, ranks, seed = args.process_index, args.world_size, data_seed(args)
-    return Stream(source, tokenizer, rank, ranks, seed, args.shuffle_buffer_size, args.drop_empty_rows)
-
-
-def source_rows(
-    source: Source, tokenizer: RowTokenizer, name: str, paired: bool | None, drop_empty_rows: bool
-) -> Dataset | IterableDataset:
-    """Return the rows of a source, with labeled pairs as positives and negatives.
-
-    `tokenizer` says whether the scores of the rows are read; for the other arguments, see `hf_embed.data.labeled.as_pairs`.
-
-    Raises:
-        InputError: if the setting `negatives` or streaming does not suit the rows, or labeled pairs cannot be read.
-    """
-    rows = source.rows if tokenizer.scored else as_pairs(source.rows, name, paired, drop_empty_rows)
-    if source.negatives and not negative_columns(column_names(rows)):
-        raise InputError(f"{name}: negatives is {source.negatives}, but there is no column of negatives; remove this setting")
-    if not isinstance(rows, Dataset) and (tokenizer.scored or tokenizer.keeps_texts):
-        raise InputError(
-            f"{name}: a streaming dataset cannot have scores or a teacher, because both belong to stored rows; remove "
-            "streaming: true"
-        )
-    return rows
+def check_sources(sources: list[Source]) -> None:
+    """Check that there is at least one source, and that the names of the sources differ."""
+    names = [source.name for source in sources]
+    if not names:
+        raise InputError("there is no source to train on; list at least one")
+    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+        raise InputError(f"two sources are named '{twice[0]}'; rename one of them")
 
 
 def check_size(source: Source, rows: int, args: "ContrastiveTrainingArguments") -> None:
@@ -377,8 +274,3 @@ def check_size(source: Source, rows: int, args: "ContrastiveTrainingArguments") 
         if args.small_sources == "refuse":
             raise InputError(f"{short}; set small_sources to repeat, or use a smaller batch")
         logger.warning(f"{short}; a row can occur several times in a batch (but never as its own negative)")
-
-
-def data_seed(args: "ContrastiveTrainingArguments") -> int:
-    """Return the seed for the order of the rows."""
-    return args.seed if args.data_seed is None else args.data_seed

@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, concatenate_datasets
 
-from hf_embed.data.files import check_names, shortened
 from hf_embed.data.sources import read_file, unformatted
-from hf_embed.errors import InputError
-from hf_embed.read_files import first_line
+from hf_embed.data.text_files import check_names
+from hf_embed.errors import InputError, first_line, shortened
 
 if TYPE_CHECKING:
     import pandas  # type: ignore[import-untyped]

@@ -9,9 +9,15 @@ Scores are read only for an objective that needs them (`Objective.needs`). Other
 """
 
 import math
+import re
+import shlex
 from typing import Any
 
-from hf_embed.data.columns import NAMED_OTHERWISE, TEACHER, judging_columns, negative_columns, numbers_in, pair_of
+from datasets import ClassLabel, Dataset
+
+from hf_embed.data.columns import NAMED_OTHERWISE, judging_columns, negative_columns, pair_of
+from hf_embed.data.known_columns import LABELS, is_teacher_score, numbers_in, plain
+from hf_embed.data.labeled import ABSENT, MATCHES, texts_of_labels
 from hf_embed.errors import InputError
 
 
@@ -27,8 +33,8 @@ def score_columns(names: list[str], name: str) -> list[str]:
     """
     if "score" in names or "scores" in names:
         return ["score" if "score" in names else "scores"]
-    if teacher := [column for column in names if TEACHER.fullmatch(column)]:
-        return sorted(teacher, key=lambda column: (not column.lower().startswith("pos"), numbers_in(column)))
+    if teacher := [column for column in names if is_teacher_score(column)]:
+        return sorted(teacher, key=lambda column: (not plain(column).startswith("pos"), numbers_in(column)))
     judging = judging_columns(names)
     if len(judging) == 1:
         return judging
@@ -47,7 +53,7 @@ def score_columns(names: list[str], name: str) -> list[str]:
 
 def has_scores(names: list[str]) -> bool:
     """Return whether a table has columns that are certainly scores: score, scores, or a teacher's scores."""
-    return any(column in ("score", "scores") or TEACHER.fullmatch(column) for column in names)
+    return any(column in ("score", "scores") or is_teacher_score(column) for column in names)
 
 
 def row_scores(cells: dict[str, Any], texts: int, where: str) -> list[float]:
@@ -100,3 +106,45 @@ def check_gaps(cells: dict[str, Any], texts: list[str], scores: list[str], where
         if no_score != (not cells[text]):
             absent, there = (score, text) if no_score else (text, score)
             raise InputError(f"{where}: there is a value in column '{there}', but none in column '{absent}'; give both or none")
+
+
+# ---- labels as scores ----
+
+
+def check_label_names(rows: Dataset, column: str, name: str) -> None:
+    """Check that the numbers of a `ClassLabel` can be used as scores: 0 is the lowest, and -1 stands for no label.
+
+    Raises:
+        InputError: if a row has no label, if names that are numbers (such as 1 to 5) are not in ascending order, or if the
+            lowest number means that texts belong together, as in GLUE's RTE, where it is entailment.
+    """
+    kind = rows.features[column]
+    if not isinstance(kind, ClassLabel):
+        return
+    first = kind.names[0]
+    numbers = [float(name) for name in kind.names if re.fullmatch(r"-?\d+(\.\d+)?", name)]
+    all_numbers = len(numbers) == len(kind.names)
+    in_order = numbers == sorted(numbers) if all_numbers else plain(first) not in (*MATCHES, "relevant")
+    if not in_order:
+        raise InputError(
+            f"{name}: the label 0 of column '{column}' is named {first}, but a higher number must mean that two texts belong "
+            "together more; write scores, or 0 and 1, in place of the names"
+        )
+    labels = rows[column][:]
+    if -1 in labels:
+        raise InputError(
+            f"{name}, row {labels.index(-1) + 1}, column '{column}': -1 stands for no label; fill it in or delete the row"
+        )
+
+
+def refuse_inference_labels(rows: Dataset, column: str, name: str) -> None:
+    """Raise InputError if 0, 1 and 2 in a column of labels may be those of NLI, whose order is not that of similarity."""
+    if plain(column) not in LABELS or isinstance(rows.features[column], ClassLabel):  # its names were checked
+        return
+    words = set(texts_of_labels(rows, column).values()).difference(ABSENT)
+    if "2" in words and words <= {"0", "1", "2"}:
+        raise InputError(
+            f"{name}, column '{column}': the labels 0, 1 and 2 may mean entailment, neutral and contradiction, which are not "
+            f"scores; write scores in their place, or give --columns {shlex.quote(f'score={column}')} {NAMED_OTHERWISE} if 2 "
+            "stands for the most similar texts"
+        )

@@ -4,7 +4,7 @@ Paths in the file are relative to the file:
 
     - name: questions
       file: questions.jsonl            # or a list of files, a pattern (questions-*.jsonl.gz), or a URL
-      columns: {query: title, positive: body}   # default: recognized by the names that hf_embed.data.sources lists
+      columns: {query: title, positive: body}   # default: recognized by the names in hf_embed.data.known_columns
       query_prompt: "query: "
     - name: nli
       dataset: sentence-transformers/all-nli    # a dataset on the Hub instead of a file

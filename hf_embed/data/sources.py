@@ -1,30 +1,10 @@
 """Readers that turn files and Hub datasets into rows of text. The rows are checked before any computation starts.
 
-Accepted columns (case, spaces, hyphens and underscores do not matter):
-
-    text | sentence                             one text per row; in unsupervised training it is its own positive
-    anchor | query | question, positive         as in sentence-transformers and retrieval; also `positives` or `pos`; each cell
-                                                is a text or a list of texts, as in FlagEmbedding's jsonl; also
-                                                `positive_passages` (Tevatron) and `positive_ctxs` (DPR)
-    sent0, sent1                                as in SimCSE's own NLI files
-    anchor | premise, entailment                with `contradiction` as the negative
-    question | query, answer | passage | document | context
-    title, body | abstract                      also title, text if the caller asks for pairs
-    summary, article; comment | docstring, code
-    sentence1, sentence2                        also question, text, title or caption with 1 and 2, and sentence_A, sentence_B
-    premise, hypothesis, label                  also the pairs of the line above with a column of labels;
-                                                `hf_embed.data.labeled` converts them to positives and negatives
-
-All pairs may have negatives: `negative`, `negative_1`, `negative_2` ..., or `negatives`, `neg`, `hard_neg`; in Tevatron and DPR
-`negative_passages`, `negative_ctxs`, `hard_negative_ctxs`. A cell of negatives is a text, a list of texts, or null (a row may
-have fewer negatives than other rows). A positive or negative may also be a passage, {"title": ..., "text": ...}: it is read as
-its title, a space and its text. The layouts in the lines with `positive`, `sent0` and `entailment` name their positives, and
-the first of them that matches is used. Of the other layouts, only one may match (`hf_embed.data.columns`). A list of positives
-becomes one row for each positive, and the other positives of the list are never negatives of that row. `--columns anchor=frage
-positive=antwort` names columns with other names.
-
-Other columns are not used. But an unused column that judges the pairs (its name says label or score, for example) is refused,
-because then some pairs may not be positives. If only its values look like judgments, a warning names it.
+`hf_embed.data.known_columns` lists the columns that rows may have. A cell holds a text. A cell of positives or negatives may
+also hold a list of texts, as in FlagEmbedding's jsonl, and in place of a text a passage, {"title": ..., "text": ...}: it is
+read as its title, a space and its text. A cell of negatives may be null, because a row may have fewer negatives than other
+rows. A list of positives becomes one row for each positive, and the other positives of the list are never negatives of that
+row.
 """
 
 import glob
@@ -37,13 +17,14 @@ from typing import Any
 import pyarrow.parquet
 from datasets import Dataset, DatasetDict, IterableDataset, Value
 
-from hf_embed.data import files
+from hf_embed.data import text_files
 from hf_embed.data.cache import cached_map, checked_load
-from hf_embed.data.columns import FEW_VALUES, column_names, plain, text_columns
+from hf_embed.data.columns import FEW_VALUES, column_names, text_columns
+from hf_embed.data.known_columns import plain
 from hf_embed.disk import DiskError
-from hf_embed.errors import EmptyTextError, InputError, masked
+from hf_embed.errors import EmptyTextError, InputError, first_line, masked, shortened
 from hf_embed.hub_access import check_dataset
-from hf_embed.read_files import check_file, first_line, kind_of
+from hf_embed.read_files import check_file, kind_of
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +52,8 @@ def read_file(
     paths = [path] if isinstance(path, str) else path
     kind = check_files(paths)
     if kind != "parquet":
-        table = files.Table(header, quoting)
-        rows = files.stream(paths, table) if streaming else files.load(paths, table)
+        table = text_files.Table(header, quoting)
+        rows = text_files.stream(paths, table) if streaming else text_files.load(paths, table)
     else:
         rows = read_parquet(paths, streaming)
     if (len(rows) == 0) if isinstance(rows, Dataset) else is_empty(rows, paths[0]):
@@ -101,14 +82,14 @@ def is_empty(rows: IterableDataset, path: str) -> bool:
     except InputError:
         raise
     except Exception as error:  # Arrow and the URL clients raise many kinds of errors
-        raise files.unreadable(path, first_line(error)) from error
+        raise text_files.unreadable(path, first_line(error)) from error
 
 
 def first_cells(path: str) -> list[str] | None:
     """Return the first row of a csv or tsv file, possibly a header, in lower case. Return None for other kinds of files."""
-    if check_files([path]) not in files.SEPARATORS:
+    if check_files([path]) not in text_files.SEPARATORS:
         return None
-    return [cell.lower() for cell in files.table_columns(path, files.Table())]
+    return [cell.lower() for cell in text_files.table_columns(path, text_files.Table())]
 
 
 def read_parquet(paths: list[str], streaming: bool) -> Dataset | IterableDataset:
@@ -122,7 +103,7 @@ def read_parquet(paths: list[str], streaming: bool) -> Dataset | IterableDataset
     except InputError:
         raise
     except Exception as error:  # Arrow, datasets and the URL clients raise many kinds of errors
-        raise files.unreadable(paths[0], first_line(error.__cause__ or error)) from error
+        raise text_files.unreadable(paths[0], first_line(error.__cause__ or error)) from error
 
 
 def check_parquet(path: str) -> None:
@@ -130,7 +111,7 @@ def check_parquet(path: str) -> None:
     if "://" in path:
         return
     found = pyarrow.parquet.read_metadata(path)
-    files.check_names(found.schema.to_arrow_schema().names, path)
+    text_files.check_names(found.schema.to_arrow_schema().names, path)
     if found.num_rows == 0:
         raise InputError(f"{path}: there are no rows")
 
@@ -256,7 +237,7 @@ def cell_text(cell: object, where: str) -> str:
     """
     if not isinstance(cell, str | None):
         raise InputError(
-            f"{where}: the text is not a string ({files.shortened(repr(cell))}); convert it to a string or delete the row"
+            f"{where}: the text is not a string ({shortened(repr(cell))}); convert it to a string or delete the row"
         )
     if cell is None or not cell.strip():
         raise EmptyTextError(f"{where}: the text is {'missing' if cell is None else 'empty'}; {FILL_IN}")
@@ -277,7 +258,7 @@ def cell_texts(cell: object, where: str) -> list[str]:
     """Return the texts of a cell that holds one text, a list of texts, or null (no texts). Raise errors as `cell_text` does."""
     if isinstance(cell, str) and is_list(cell):
         raise InputError(
-            f"{where}: the text looks like a list, {files.shortened(cell)}; write the rows as jsonl or parquet, or put each "
+            f"{where}: the text looks like a list, {shortened(cell)}; write the rows as jsonl or parquet, or put each "
             "text into its own column, negative_1, negative_2 ..."
         )
     cells = [] if cell is None else cell if isinstance(cell, list | tuple) else [cell]
@@ -299,7 +280,7 @@ def row_texts(row: dict, columns: list[str], where: str) -> list[str]:
     return texts
 
 
-def rows_of_texts(row: dict, columns: list[str], where: str) -> list[tuple[list[str], list[str]]]:
+def rows_by_positive(row: dict, columns: list[str], where: str) -> list[tuple[list[str], list[str]]]:
     """Return a pair (texts as in `row_texts`, other positives) for each positive of a row.
 
         {"query": "q", "pos": ["a", "b"], "neg": ["c"]} -> [(["q", "a", "c"], ["b"]), (["q", "b", "c"], ["a"])]
@@ -319,9 +300,9 @@ def rows_of_texts(row: dict, columns: list[str], where: str) -> list[tuple[list[
 
 
 def kept_rows(row: dict, columns: list[str], where: str, drop: bool) -> list[tuple[list[str], list[str]]]:
-    """Return what `rows_of_texts` returns, or nothing for a row with an empty text if such rows are dropped."""
+    """Return what `rows_by_positive` returns, or nothing for a row with an empty text if such rows are dropped."""
     try:
-        return rows_of_texts(row, columns, where)
+        return rows_by_positive(row, columns, where)
     except EmptyTextError as error:
         if not drop:
             raise InputError(f"{error} ({DROP_ADVICE})") from error
@@ -343,9 +324,9 @@ def plain_rows(rows: Dataset, columns: list[str], name: str) -> Iterator[dict]:
 
 
 def texts_of(rows: Dataset, columns: list[str], name: str) -> Iterator[list[str]]:
-    """Yield the texts of the rows of a table, as `rows_of_texts` returns them. Raise InputError if a text is empty or wrong."""
+    """Yield the texts of a table's rows, as `rows_by_positive` returns them. Raise InputError if a text is empty or wrong."""
     for number, row in enumerate(plain_rows(rows, columns, name), 1):
-        yield from (texts for texts, _ in rows_of_texts(row, columns, f"{name}, row {number}"))
+        yield from (texts for texts, _ in rows_by_positive(row, columns, f"{name}, row {number}"))
 
 
 def check_first_texts(rows: Iterable[dict], columns: list[str], name: str) -> None:
@@ -358,7 +339,7 @@ def check_first_texts(rows: Iterable[dict], columns: list[str], name: str) -> No
         cells = [row[column] for row in rows if isinstance(row[column], str)]
         if len(cells) > 1 and all(map(is_list, cells)):
             raise InputError(
-                f"{name}, column '{column}': every text looks like a list, {files.shortened(cells[0])}; write one text per row"
+                f"{name}, column '{column}': every text looks like a list, {shortened(cells[0])}; write one text per row"
             )
         if len(cells) > 1 and all(cell.strip().isdecimal() for cell in cells):
             logger.warning(

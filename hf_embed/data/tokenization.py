@@ -15,8 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_embed.data.cache import cached_map
 from hf_embed.data.columns import text_columns, warn_of_judgements
-from hf_embed.data.labeled import check_label_names, refuse_inference_labels
-from hf_embed.data.scores import check_gaps, row_scores, score_columns
+from hf_embed.data.scores import check_gaps, check_label_names, refuse_inference_labels, row_scores, score_columns
 from hf_embed.data.sources import check_first_texts, kept_rows
 from hf_embed.encoding import beginning, room_for_text
 from hf_embed.errors import InputError
@@ -126,7 +125,7 @@ def tokenize_table(
     columns `other_ids` and `row`, the number of the original row.
 
     Args:
-        rows: rows with the columns that `hf_embed.data.sources` accepts, and without a format.
+        rows: rows with the columns that `hf_embed.data.known_columns` lists, and without a format.
         tokenizer: the tokenizer of the texts. If it is `scored`, the scores of each row are read as well.
         name: the name of the rows in messages.
         paired: see `hf_embed.data.columns.text_columns`.
@@ -144,7 +143,7 @@ def tokenize_table(
     most = None if negatives is None else 2 + negatives
 
     def convert(batch: dict[str, list], numbers: list[int]) -> dict[str, list]:
-        found = list(read_rows(batch, numbers, columns, scores, name, most, drop_empty_rows))
+        found = list(rows_of_batch(batch, numbers, columns, scores, name, most, drop_empty_rows))
         texts = [row.texts for row in found]
         made = tokenizer(texts, [row.others for row in found] if others else None, others)
         if others:
@@ -192,7 +191,7 @@ class Row(NamedTuple):
     scores: list[float]  # one for each text after the anchor, or nothing if the rows have no scores
 
 
-def read_rows(
+def rows_of_batch(
     batch: dict[str, list], numbers: list[int], columns: list[str], scores: list[str], name: str, most: int | None, drop: bool
 ) -> Iterator[Row]:
     """Read the rows of a batch of cells. A row with a list of positives becomes one row for each positive.

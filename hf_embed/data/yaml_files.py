@@ -5,8 +5,8 @@ from typing import Any
 import yaml
 
 from hf_embed.entry import shipped
-from hf_embed.errors import InputError
-from hf_embed.read_files import first_line, read_text
+from hf_embed.errors import InputError, first_line
+from hf_embed.read_files import read_text
 
 MOST_CHARACTERS = 1_000_000  # PyYAML needs minutes for a file of data that was given in place of a configuration
 

@@ -18,10 +18,10 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
-from hf_embed.data.collator import RaggedCollator, to_rows, used_columns
+from hf_embed.data.collator import RaggedCollator, further_arguments, to_rows
 from hf_embed.data.python_rows import RowData
+from hf_embed.data.teacher_vectors import TeacherVectors
 from hf_embed.data.tokenization import most_texts
-from hf_embed.data.vector_file import VectorFile
 from hf_embed.distributed import gather_objects, get_rank, get_world_size
 from hf_embed.evaluation.tasks import Embed, EvaluationTask, Task
 from hf_embed.objectives.base import Objective
@@ -65,7 +65,7 @@ class HeldOutLoss(HeldOut):
     model: nn.Module
     chunk_tokens: int | None = None
     temperature: Tensor | None = None
-    vectors: Mapping[str, VectorFile] | None = None
+    vectors: Mapping[str, TeacherVectors] | None = None
 
     def score(self, embed: Embed) -> dict[str, float]:
         """Return the mean loss over all rows, the same on every rank.
@@ -87,14 +87,13 @@ class HeldOutLoss(HeldOut):
         batch = collate(self.rows.__getitems__(list(own) or [numbers[0]]))
         device = next(self.model.parameters()).device
         outputs = self.model(batch["input_ids"].to(device), batch["lengths"], chunk_tokens=self.chunk_tokens)
-        vectors = to_rows(outputs["embeddings"], batch["slots"].to(device), batch["text_ids"].shape)[: len(own)]
-        needs = [name for name in ("other_ids", *self.objective.needs) if name in batch["further"]]
-        own_parts = [batch["text_ids"], *(batch["further"][name] for name in needs)]
-        parts = gather_objects((vectors.cpu(), *(part[: len(own)] for part in own_parts)))
-        rows, text_ids, *further = (torch.cat(part).to(device) for part in zip(*parts))  # (B, V, D), (B, V), (B, ...)
-        given: dict[str, Any] = dict(zip(needs, further))
-        if "other_ids" in given:
-            given["other_ids"] = used_columns(given["other_ids"])
+        own_vectors = to_rows(outputs["embeddings"], batch["slots"].to(device), batch["text_ids"].shape)
+
+        def gathered(part: Tensor) -> Tensor:  # ranks may have different numbers of rows
+            return torch.cat(gather_objects(part[: len(own)].cpu())).to(device)
+
+        rows, text_ids = gathered(own_vectors), gathered(batch["text_ids"])  # (B, V, D), (B, V)
+        given: dict[str, Any] = dict(further_arguments(batch["further"], self.objective.needs, gathered))
         temperature = outputs.get("temperature", self.temperature)
         if temperature is not None:
             given["temperature"] = temperature

@@ -9,8 +9,8 @@ underscores do not matter):
     negatives      negative | hard_neg | documents   also neg, negatives; negative_1, negative_2 ...;
                                                      negative_passages, negative_ctxs, hard_negative_ctxs
 
-Training pairs with negatives are accepted too (`hf_embed.data.sources`), for example premise, entailment, contradiction. The
-cells of positives and negatives are a text, a passage {"title", "text"}, a list of these, or null. `documents` holds all
+Training pairs with negatives are accepted too, for example premise, entailment, contradiction (`hf_embed.data.known_columns`).
+The cells of positives and negatives are a text, a passage {"title", "text"}, a list of these, or null. `documents` holds all
 candidates of a query: its negatives are the documents that are not among the positives. In a second layout, each row has one
 document and its label, and the rows of the same query belong together:
 
@@ -18,26 +18,26 @@ document and its label, and the rows of the same query belong together:
 """
 
 import logging
-import re
 from contextlib import suppress
 from typing import NamedTuple
 
 from datasets import Dataset
 
 from hf_embed.data.columns import negative_columns, pair_of
-from hf_embed.data.files import NEGATIVE
-from hf_embed.data.labeled import check_label_names
+from hf_embed.data.known_columns import NEGATIVE_NAME, plain
+from hf_embed.data.scores import check_label_names
 from hf_embed.data.sources import cell_text, cell_texts, plain_rows
 from hf_embed.errors import InputError, masked
 from hf_embed.evaluation.rows import first_match, label_number
 
 logger = logging.getLogger(__name__)
 
-QUERIES = [re.compile(name, re.IGNORECASE) for name in ("anchor", "query", "sent0", "question")]
-POSITIVES = [re.compile(name, re.IGNORECASE) for name in (r"pos(itive)?s?(_\d+|_passages|_ctxs)?", "sent1", r"answers?(_\d+)?")]
-NEGATIVES = [NEGATIVE, re.compile("documents", re.IGNORECASE)]
-DOCUMENTS = [re.compile(name, re.IGNORECASE) for name in ("documents?", "passages?", "answers?")]
-LABELS = [re.compile("labels?", re.IGNORECASE)]
+# Patterns of column names in their plain form.
+QUERIES = ("anchor", "query", "sent0", "question")
+POSITIVES = (r"pos(itive)?s?(\d+|passages|ctxs)?", "sent1", r"answers?\d*")
+NEGATIVES = (NEGATIVE_NAME, "documents")
+DOCUMENTS = ("documents?", "passages?", "answers?")
+LABELS = ("labels?",)
 ACCEPTED = (
     "query, positive, negative; anchor, positive, negative; sent0, sent1, hard_neg; question, answer, negative; for reranking "
     "also query, document, label"
@@ -78,7 +78,7 @@ def judged_rows(rows: Dataset, name: str) -> list[Judged]:
             [text for column in columns for text in cell_texts(row.get(column), f"{where}, column '{column}'")]
             for columns in (positives, negatives)
         )
-        if negatives[0].lower() == "documents":
+        if plain(negatives[0]) == "documents":
             wrong = [text for text in wrong if text not in set(right)]
         found.append(Judged(query, right, wrong))
     return found
@@ -103,7 +103,7 @@ def judged_candidates(rows: Dataset, name: str) -> list[Judged]:
     """
     names = rows.column_names
     queries, documents, labels = (first_match(names, patterns) for patterns in (QUERIES, DOCUMENTS, LABELS))
-    if not (queries and documents and labels) or first_match(names, [NEGATIVE, *POSITIVES[:2]]):
+    if not (queries and documents and labels) or first_match(names, (NEGATIVE_NAME, *POSITIVES[:2])):
         return judged_rows(rows, name)
     query, document, label = queries[0], documents[0], labels[0]
     check_label_names(rows, label, name)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from datasets import Dataset
 
-from hf_embed.data.columns import ALIKE, plain
-from hf_embed.data.labeled import LABELS, check_label_names
+from hf_embed.data.known_columns import ALIKE, LABELS, by_plain_name, matching
+from hf_embed.data.scores import check_label_names
 from hf_embed.data.sources import cell_text, plain_rows
 from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import ordered
@@ -18,7 +18,7 @@ from hf_embed.evaluation.ranking import average_precision, best_thresholds
 from hf_embed.evaluation.rows import as_list, hub_rows, label_number, read_table, text_lists
 from hf_embed.evaluation.tasks import Embed, EvaluationTask, embed_once, pair_cosines, unranked
 
-# Names of columns, in the form that `plain` returns: those of labeled training pairs, and one more pair of names.
+# Names of columns in their plain form: those of labeled training pairs, and one more pair of names.
 PAIRS = [*ALIKE, ("sent1", "sent2")]
 HEADER = {name for pair in PAIRS for name in pair} | set(LABELS)
 
@@ -124,11 +124,10 @@ def labeled_pairs(path: str) -> Dataset:
         if not named and len(rows.column_names) == 3:
             by_position, *texts = rows.column_names
             return rows.select_columns([*texts, by_position])
-    names = {plain(name): name for name in reversed(rows.column_names)}
-    pair = next((pair for pair in PAIRS if set(pair) <= set(names)), None)
-    label = next((name for name in LABELS if name in names), None)
-    if pair is None or label is None:
+    names, pairs = by_plain_name(rows.column_names), matching(PAIRS, rows.column_names)
+    label = next((names[name] for name in LABELS if name in names), None)
+    if not pairs or label is None:
         found = f"found the columns {', '.join(map(str, rows.column_names if named else rows[0].values()))}"
         raise InputError(f"{path}: {found}; expected sentence1, sentence2 and label; rename the columns")
-    check_label_names(rows, names[label], path)
-    return rows.select_columns([names[name] for name in (*pair, label)])
+    check_label_names(rows, label, path)
+    return rows.select_columns([*pairs[0], label])

@@ -21,11 +21,11 @@ from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_embed.data.columns import plain
-from hf_embed.data.files import Table, json_rows, shortened, table_rows
+from hf_embed.data.known_columns import plain
 from hf_embed.data.sources import read_hub
+from hf_embed.data.text_files import Table, json_rows, table_rows
 from hf_embed.distributed import gather_objects, get_rank, get_world_size
-from hf_embed.errors import InputError
+from hf_embed.errors import InputError, shortened
 from hf_embed.evaluation.geometry import ordered
 from hf_embed.evaluation.rows import is_number
 from hf_embed.evaluation.tasks import Embed, EvaluationTask, embed_on_all_ranks, embed_own_share, unranked

@@ -7,10 +7,9 @@ from typing import Any
 
 from datasets import Dataset
 
-from hf_embed.data.columns import numbers_in, plain
-from hf_embed.data.files import shortened
+from hf_embed.data.known_columns import numbers_in, plain
 from hf_embed.data.sources import KINDS, cell_text, first_cells, read_file, read_hub
-from hf_embed.errors import InputError
+from hf_embed.errors import InputError, shortened
 from hf_embed.read_files import kind_of
 
 LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
@@ -49,12 +48,9 @@ def read_table(path: str, names: Collection[str]) -> tuple[Dataset, bool]:
     return read_file(path, header=named), named
 
 
-def first_match(names: Iterable[str], patterns: Sequence[re.Pattern[str]]) -> list[str]:
-    """Return the names that match the first pattern with any matches, sorted by the numbers in the names.
-
-    A pattern may match the name itself, or the form that `plain` returns.
-    """
-    found = ([name for name in names if pattern.fullmatch(name) or pattern.fullmatch(plain(name))] for pattern in patterns)
+def first_match(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
+    """Return the names whose plain form matches the first pattern with any matches, sorted by the numbers in the names."""
+    found = ([name for name in names if re.fullmatch(pattern, plain(name))] for pattern in patterns)
     return sorted(next(filter(None, found), []), key=numbers_in)
 
 

@@ -17,7 +17,7 @@ from datasets import Dataset
 from scipy.stats import spearmanr
 from transformers import EvalPrediction
 
-from hf_embed.data.labeled import check_label_names
+from hf_embed.data.scores import check_label_names
 from hf_embed.data.sources import cell_text, read_hub
 from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import alignment, cosines_of, ordered, uniformity

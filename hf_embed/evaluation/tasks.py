@@ -17,7 +17,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 import numpy as np
 from torch import Tensor
 
-from hf_embed.distributed import check_same, gather_objects, get_rank, get_world_size
+from hf_embed.distributed import check_same_on_ranks, gather_objects, get_rank, get_world_size
 from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import cosines_of, unit
 from hf_embed.progress import progress_bar
@@ -40,7 +40,10 @@ class Embed(Protocol):
 
 @runtime_checkable
 class Task(Protocol):
-    """The interface of an evaluation set for the trainer and the recipes. Any object with these members is a task."""
+    """The interface of an evaluation set for the trainer and the recipes. Any object with these members is a task.
+
+    A task that returns more metrics than it reports derives from `EvaluationTask`, and lists them in `logged`.
+    """
 
     @property
     def kind(self) -> str:
@@ -59,16 +62,6 @@ class Task(Protocol):
 
     def score(self, embed: Embed) -> dict[str, float]:
         """Return the metrics by name."""
-        ...
-
-
-@runtime_checkable
-class LogsMore(Protocol):
-    """A task that also logs metrics that it does not report."""
-
-    @property
-    def logged(self) -> Sequence[str]:
-        """All metrics that `score` returns."""
         ...
 
 
@@ -171,7 +164,7 @@ def metric_names(tasks: Mapping[str, Task]) -> set[str]:
 
 def logged_by(task: Task) -> set[str]:
     """Return the names of the metrics that a task declares."""
-    return {*task.reported, *(task.logged if isinstance(task, LogsMore) else ())}
+    return {*task.reported, *(task.logged if isinstance(task, EvaluationTask) else ())}
 
 
 def check_names(tasks: Mapping[str, Task]) -> None:
@@ -200,7 +193,7 @@ def embed_own_share(texts: list[str], embed: Embed, prompt_name: str | None = No
     """
     rank, ranks = get_rank(), get_world_size()
     if ranks > 1:
-        check_same("the texts", digest(texts))
+        check_same_on_ranks("the texts", digest(texts))
     own = texts[rank::ranks]
     # Every rank makes the same number of calls, because with FSDP each call runs collectives.
     calls = math.ceil(math.ceil(len(texts) / ranks) / BATCH)

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from hf_embed.checkpoint.card import store_results, stored_results, write_card
+from hf_embed.checkpoint.card import read_results, write_card, write_results
 from hf_embed.checkpoint.save import renewed
 from hf_embed.checkpoint.tables import swept_columns
 from hf_embed.disk import check_folder
@@ -277,12 +277,12 @@ def save_folded(encoder: Encoder, temperature: float, folder: Path, origin: str,
     Of the results in the folder `origin`, from which the model was loaded, only the record of the training is kept. The scores
     there belong to the model without the temperature.
     """
-    results = {"train": train} if (train := stored_results(origin).get("train")) else {}
+    results = {"train": train} if (train := read_results(origin).get("train")) else {}
     if temperature != 1:
         fold_tempscale(encoder.backbone, temperature)
     with renewed(folder, clear=True) as place:
         encoder.save_pretrained(str(place))
-        store_results(place, results if result is None else results | {"tempscale": result})
+        write_results(place, results if result is None else results | {"tempscale": result})
         if result is not None:
             plot_sweep(result, place / "tempscale.png")
         write_card(encoder, place)

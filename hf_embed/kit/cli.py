@@ -137,7 +137,7 @@ class Flags:
         except InputError:
             raise
         except ValueError as error:  # raised by the checks of transformers' TrainingArguments
-            raise InputError(" ".join(str(error).split())) from error
+            raise InputError(str(error)) from error
 
     def override(self, **values: Any) -> "Flags":
         """Return a copy of the flags with some other values, which must have the types of the flags."""

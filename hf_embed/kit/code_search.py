@@ -2,7 +2,7 @@
 
 import os
 
-from hf_embed.data.sources import plain_rows, read_file, row_texts
+from hf_embed.data.sources import read_file, texts_of
 from hf_embed.errors import InputError
 from hf_embed.evaluation.retrieval import Retrieval, pairs_to_retrieval
 from hf_embed.kit.docstrings import read_definitions
@@ -29,9 +29,7 @@ def read_code_search(path: str) -> Retrieval:
         docstring, code = (next((c for c in names if c in rows.column_names), None) for names in (DOCSTRINGS, CODES))
         if docstring is None or code is None:
             raise InputError(f"{path}: found the columns {', '.join(rows.column_names)}; code search needs docstring and code")
-        columns = [docstring, code]
-        texts = (row_texts(row, columns, f"{path}, row {i}") for i, row in enumerate(plain_rows(rows, columns, path), 1))
-        pairs = [(query, document) for query, document in texts]
+        pairs = [(query, document) for query, document in texts_of(rows, [docstring, code], path)]
     if not pairs:
         raise InputError(f"{path}: there is no function with a docstring; give another file or package")
     return pairs_to_retrieval(pairs)

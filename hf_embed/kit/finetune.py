@@ -20,7 +20,7 @@ from hf_embed.library_internals import save_without_push
 from hf_embed.read_files import read_json
 from hf_embed.safe_files import new_folder, write_json, write_text
 from hf_embed.trainer import ContrastiveTrainer
-from hf_embed.training_record import shown
+from hf_embed.training_record import publishable
 
 ADAPTER_CARD = """# LoRA adapters of {of}
 
@@ -126,6 +126,8 @@ def save_adapter(encoder: Encoder, folder: Path) -> None:
         file = new / "adapter_config.json"
         on_hub = None if Path(base).exists() else base
         write_json(file, read_json(file) | {"base_model_name_or_path": on_hub})
-        of = on_hub or f"the model in the folder {shown(base)}"
+        of = on_hub or f"the model in the folder {publishable(base)}"
         card = ["---", "library_name: peft", *([f"base_model: {on_hub}"] if on_hub else []), "---", ""]
-        write_text(new / "README.md", "\n".join(card) + ADAPTER_CARD.format(of=of, base=shown(base), pooling=encoder.pooling))
+        write_text(
+            new / "README.md", "\n".join(card) + ADAPTER_CARD.format(of=of, base=publishable(base), pooling=encoder.pooling)
+        )

@@ -11,11 +11,11 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from hf_embed.arguments import ContrastiveTrainingArguments
-from hf_embed.checkpoint.load import MOST_TOKENS, find_transformer, listed, load_tokenizer, read_config
+from hf_embed.checkpoint.load import MOST_TOKENS, find_transformer, load_tokenizer, read_config
 from hf_embed.checkpoint.load import load_model as load_backbone
 from hf_embed.checkpoint.settings import read_settings
 from hf_embed.encoder import Encoder
-from hf_embed.errors import InputError
+from hf_embed.errors import InputError, listed
 from hf_embed.evaluation.tasks import Embed
 from hf_embed.hub_access import find_model
 from hf_embed.kit.plan import QUICKSTART, ModelArguments, Plan, settled
@@ -92,7 +92,9 @@ def load_masked_lm(name: str, args: ContrastiveTrainingArguments, kwargs: dict[s
     tokenizer = load_tokenizer(name, kwargs["trust_remote_code"], **folder)
     model, missing = load_backbone(name, "AutoModelForMaskedLM", **folder, **kwargs)
     if missing := [key for key in missing if key.startswith(f"{model.base_model_prefix}.") and ".pooler." not in key]:
-        raise InputError(f"model '{name}': its weights file lacks {listed(missing)}, which would be random; give another model")
+        raise InputError(
+            f"model '{name}': its weights file lacks {listed(missing, 1)}, which would be random; give another model"
+        )
     own = read_settings(name, cast(PreTrainedModel, model.base_model), tokenizer, args.pooling, **found)
     if own.get("max_length", 0) > MOST_TOKENS:
         del own["max_length"]
@@ -137,7 +139,7 @@ def add_adapters(encoder: Encoder, model_args: ModelArguments) -> None:
             warnings.simplefilter("ignore", FutureWarning)  # PEFT reads a name that transformers has renamed
             encoder.backbone = cast(PreTrainedModel, get_peft_model(encoder.backbone, config))
     except (ValueError, TypeError) as error:  # for example, PEFT does not support the kind of the module
-        raise InputError(f"--lora_target_modules {' '.join(targets)}: {' '.join(str(error).split())}") from error
+        raise InputError(f"--lora_target_modules {' '.join(targets)}: {error}") from error
 
 
 def check_lora_targets(model: nn.Module, names: Iterable[str]) -> None:

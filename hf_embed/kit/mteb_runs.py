@@ -34,7 +34,7 @@ def find_tasks(names: list[str], benchmarks: list[str]) -> list["AbsTask"]:
         try:
             tasks.append(mteb.get_task(name))
         except KeyError as error:
-            raise InputError(f"--tasks {name}: {' '.join(str(error.args[0]).split())}") from error
+            raise InputError(f"--tasks {name}: {error.args[0]}") from error
     for name in benchmarks:
         try:
             tasks += list(mteb.get_benchmark(name).tasks)
@@ -68,9 +68,8 @@ def run_mteb(encoder: Encoder, tasks: list["AbsTask"], folder: str | Path, batch
         with disk_errors(folder):
             results = mteb.evaluate(model, tasks, cache=cache, encode_kwargs=kwargs, show_progress_bar=bars_shown())
     except (ConnectionError, HTTPError, DatasetNotFoundError) as error:
-        reason = " ".join(str(error).split())
         raise InputError(
-            f"the data of a task cannot be downloaded ({reason}); connect to the internet, or first run the task where this "
+            f"the data of a task cannot be downloaded ({error}); connect to the internet, or first run the task where this "
             "works"
         ) from error
     rows = []

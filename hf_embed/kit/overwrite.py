@@ -15,8 +15,8 @@ from typing import Any
 from accelerate import PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_embed.checkpoint.files import FILES, RESULTS, is_old
 from hf_embed.checkpoint.hub import COPY
+from hf_embed.checkpoint.model_files import FILES, RESULTS, is_old
 from hf_embed.errors import InputError
 from hf_embed.safe_files import (
     can_be_replaced,

@@ -16,7 +16,6 @@ from datasets import Dataset
 from hf_embed.data.columns import column_names
 from hf_embed.data.mixture import Source
 from hf_embed.data.sources import read_file
-from hf_embed.data.training_rows import masks_answers
 from hf_embed.errors import InputError, masked
 from hf_embed.evaluation.sts import COLUMNS, STS, read_sts
 from hf_embed.evaluation.tasks import Task
@@ -103,7 +102,7 @@ def preflight_plan(plan: Plan) -> dict[str, Any]:
         objectives={type(plan.objective).__name__: plan.objective},
         batches=(plan.args.per_device_train_batch_size * plan.args.world_size,),
         sample=plan.run.preflight_sample,
-        masks_answers=masks_answers(plan.objective),
+        masks_answers=plan.objective.mask_other_positives,
         teacher=plan.args.teacher,
     )
     given = as_given(plan.rows, plan.source, None, plan.source, plan.paired)

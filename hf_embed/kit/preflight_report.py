@@ -181,14 +181,14 @@ def findings(report: Report, settings: Settings) -> list[Report]:
     for name, task in report["evaluation"].items():
         seen = sum(part["seen"] for kind, part in task["texts"].items() if kind != DOCUMENTS)
         if seen:
-            rows = [f"in {of} {listed(numbers)}" for of, numbers in task["training_rows"].items()]
+            rows = [f"in {of} {row_numbers(numbers)}" for of, numbers in task["training_rows"].items()]
             where = "; ".join(rows) or "only as negatives"
             text = f"texts that are also in the training rows {BUT_FOR_CASE}: {seen:,} ({where})"
             found.append({"of": name, "code": "seen", "count": seen, "text": text})
     return found
 
 
-def listed(numbers: Report) -> str:
+def row_numbers(numbers: Report) -> str:
     """Return the first of some row numbers as text: "row 4", or "rows 4, 9, 11, 12, 30, ..."."""
     rows = ", ".join(f"{row:,}" for row in numbers["rows"])
     if numbers["count"] == 1:
@@ -200,15 +200,15 @@ def of_rows(source: Report) -> Iterator[tuple[str, float, str]]:
     """Yield the findings about all rows of a source: code, count and text."""
     if count := source["empty"]["count"]:
         mend = "fill it in or delete the row, or give --drop_empty_rows"
-        yield "empty", count, f"rows with an empty text: {count:,} ({listed(source['empty'])}); {mend}"
+        yield "empty", count, f"rows with an empty text: {count:,} ({row_numbers(source['empty'])}); {mend}"
     for kind, numbers in source["odd"].items():
-        first = listed(numbers | {"count": 1})
+        first = row_numbers(numbers | {"count": 1})
         yield "odd", numbers["count"], f"texts that contain {kind}: {numbers['count']:,} (first in {first})"
     for column, values in source["judged"].items():
         yield "judged", len(values), judged_in_words(column, values)
     for code in (*COUNTED, "missing_word"):
         if count := source.get(code, {"count": 0})["count"]:
-            yield code, count, f"{WORDS[code]}: {count:,} ({listed(source[code])})"
+            yield code, count, f"{WORDS[code]}: {count:,} ({row_numbers(source[code])})"
     if count := source.get("shared", 0):
         yield "shared", count, f"different rows that also occur in another source: {count:,}"
 

@@ -17,10 +17,11 @@ import numpy as np
 import pyarrow
 from datasets import Dataset
 
-from hf_embed.data.columns import column_names, judging_values
-from hf_embed.data.files import as_column, features_of
+from hf_embed.data.columns import judging_values
 from hf_embed.data.labeled import NEGATIVE, POSITIVE, Layout, hashable, labeled_layout, meanings_of
-from hf_embed.data.mixture import Source, Stream, source_rows, source_tokenizer, what_to_read
+from hf_embed.data.mixture import Source, source_rows, source_tokenizer
+from hf_embed.data.stream import Stream
+from hf_embed.data.text_files import as_column, features_of
 from hf_embed.data.tokenization import RowTokenizer, columns_to_read, text_id, too_few_rows
 from hf_embed.encoder import Encoder
 from hf_embed.encoding import beginning
@@ -106,7 +107,7 @@ def make_subject(
     """
     where, rows = where or source.label, source.rows
     objective = source.own_objective or next(iter(settings.objectives.values()), SimCSE())
-    tokenizer = source_tokenizer(source, encoder, what_to_read(objective, column_names(rows), settings.teacher))
+    tokenizer = source_tokenizer(source, encoder, objective, settings.teacher)
     taken = source_rows(source, tokenizer, where, paired, drop_empty_rows=True)
     about: dict[str, Any] = {"from": source.origin}
     scores: list[str] = []

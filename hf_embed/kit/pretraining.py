@@ -28,7 +28,7 @@ from hf_embed.distributed import get_rank, get_world_size, is_main_process, mean
 from hf_embed.errors import InputError, in_short
 from hf_embed.kit.overwrite import check_replaceable
 from hf_embed.progress import progress_bar, quiet_libraries
-from hf_embed.ranges import COUNT, POSITIVE, REQUIRED, SEED, Range, check_ranges, setting
+from hf_embed.ranges import ABOVE_ZERO, COUNT, REQUIRED, SEED, Range, check_ranges, setting
 from hf_embed.safe_files import new_folder, write_json, writing
 from hf_embed.work_files import digest
 
@@ -66,7 +66,7 @@ class PretrainArguments:
 
     def __post_init__(self) -> None:
         numbers = [field.name for field in dataclasses.fields(self) if type(field.default) is int]
-        others = {"seed": SEED, "learning_rate": POSITIVE, "max_length": Range(least=SHORT, whole=True)}
+        others = {"seed": SEED, "learning_rate": ABOVE_ZERO, "max_length": Range(least=SHORT, whole=True)}
         check_ranges(self, dict.fromkeys(numbers, COUNT) | others)
         if self.hidden_size % self.num_heads:
             raise InputError(f"--num_heads is {self.num_heads}, which does not divide --hidden_size {self.hidden_size}")

@@ -15,9 +15,8 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import AutoConfig
 
-from hf_embed.checkpoint.card import own_results, store_results, stored_results, write_card
+from hf_embed.checkpoint.card import own_results, read_results, write_card, write_results
 from hf_embed.checkpoint.tables import comparison_table
-from hf_embed.checkpoint.verify import quiet
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.evaluation.held_out import with_model
@@ -27,12 +26,12 @@ from hf_embed.kit.content import content_of
 from hf_embed.kit.models import embed_with
 from hf_embed.kit.overwrite import place_of, take_place
 from hf_embed.kit.plan import Plan
-from hf_embed.progress import hidden_bars
+from hf_embed.progress import hidden_bars, silent_libraries
 from hf_embed.read_files import read_json
 from hf_embed.safe_files import clear_leftovers, writing
 from hf_embed.text_models import loading_class
 from hf_embed.trainer import ContrastiveTrainer
-from hf_embed.training_record import about_training, changed_settings, on_the_hub, shown, summary
+from hf_embed.training_record import about_training, changed_settings, on_the_hub, publishable, summary
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +72,7 @@ def report(plan: Plan, trainer: ContrastiveTrainer, before: dict[str, float]) ->
 
 def load_saved(plan: Plan) -> Encoder:
     """Load the saved folder again, as a user will load it."""
-    with quiet():
+    with silent_libraries():
         trusted = plan.model_args.trust_remote_code
         encoder = Encoder.from_pretrained(str(plan.folder), trust_remote_code=trusted, dtype=torch.float32)
     for parameter in encoder.parameters():  # else they are read from the file, and Windows does not rename its folder
@@ -96,7 +95,7 @@ def about_run(plan: Plan, trainer: ContrastiveTrainer, after: dict[str, float]) 
 def about_plan(plan: Plan) -> dict[str, Any]:
     """Return the model, the data and the settings of a plan, as the "train" part of results.json has them."""
     name = plan.model_args.model_name_or_path
-    model, data = shown(name or "quickstart"), shown(plan.source)
+    model, data = publishable(name or "quickstart"), publishable(plan.source)
     return {"model": model, "data": data, "content": content_of(plan), "settings": changed(plan)}
 
 
@@ -121,7 +120,7 @@ def write_report(plan: Plan, trainer: ContrastiveTrainer, before: dict[str, floa
         plot_trajectory([before | {"step": 0}, *evaluations], plan.folder / "geometry.png")
         print("\n" + "\n".join(comparison_table(results)))
     write_card(trainer.encoder, plan.folder, results)
-    store_results(plan.folder, results)
+    write_results(plan.folder, results)
 
 
 def check_results(folder: str | Path, replaces: Iterable[str] = ("this package",)) -> None:
@@ -138,8 +137,8 @@ def store_evaluation(folder: Path, results: dict[str, Any]) -> Path:
     """Write results.json in `folder`, and return its path. In the folder of a model, earlier results are kept."""
     folder.mkdir(parents=True, exist_ok=True)
     clear_leftovers(folder)
-    kept = stored_results(folder)
-    store_results(folder, kept | {"evaluated": results} if kept or (folder / "config.json").is_file() else results)
+    kept = read_results(folder)
+    write_results(folder, kept | {"evaluated": results} if kept or (folder / "config.json").is_file() else results)
     return folder / "results.json"
 
 

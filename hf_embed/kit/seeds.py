@@ -11,10 +11,9 @@ from typing import Any
 
 from accelerate import PartialState
 
-from hf_embed.checkpoint.card import store_results, write_card
+from hf_embed.checkpoint.card import write_card, write_results
 from hf_embed.checkpoint.save import put_in_place, renewed
 from hf_embed.checkpoint.tables import seeds_table
-from hf_embed.checkpoint.verify import quiet
 from hf_embed.checkpoint.whole import checkpoints_in, newest_whole, read_manifest
 from hf_embed.encoder import Encoder
 from hf_embed.entry import recipe_command
@@ -25,6 +24,7 @@ from hf_embed.kit.plan import Plan
 from hf_embed.kit.preflight import preflight_plan
 from hf_embed.kit.report import about_plan, saved_to
 from hf_embed.kit.run_folder import LATEST
+from hf_embed.progress import silent_libraries
 from hf_embed.ranges import SEED
 from hf_embed.ranks import writing_alone
 from hf_embed.read_files import read_json
@@ -137,9 +137,9 @@ def keep_best(folder: Path, runs: dict[int, dict], trust_remote_code: bool = Fal
         with renewed(folder, clear=True) as place:
             with tempfile.TemporaryDirectory(prefix=SAVING, dir=place) as new:
                 copied = shutil.copytree(folder / f"seed-{best}", Path(new, "best"), ignore=left_out)
-                store_results(copied, results)
+                write_results(copied, results)
                 put_in_place(copied, place)
-            with quiet():
+            with silent_libraries():
                 encoder = Encoder.from_pretrained(str(place), trust_remote_code=trust_remote_code)
             write_card(encoder, place, results)
         print("\n" + "\n".join(seeds_table(results)))

@@ -41,12 +41,6 @@ class Batch(NamedTuple):
     other_ids: Tensor | None  # (N, W) hashes of the other positives of each row; None if no row has any
     needed: dict[str, Tensor]  # the further arguments, by name: see `NEEDS`
 
-    def given(self) -> dict[str, Tensor]:
-        """Return the arguments that are passed by name, and only if there are any."""
-        learned = self.temperature if isinstance(self.temperature, Tensor) else None
-        given = {"temperature": learned, "other_ids": self.other_ids, **self.needed}
-        return {name: tensor for name, tensor in given.items() if tensor is not None}
-
 
 class Objective:
     """The base class of objectives: what the trainer requires, with a default for every part except the loss.
@@ -67,6 +61,8 @@ class Objective:
         mlm_weight: the weight of the masked-language-modeling loss, which the trainer computes and adds. 0 means no such loss.
         guide_margin: leave out candidates that a teacher scores above its score of the positive minus this number. None: no
             teacher guides the choice of negatives.
+        mask_other_positives: whether other positives of the same anchor, in other rows, are no negatives. Checks of the rows
+            read it.
     """
 
     equation: ClassVar[str] = ""
@@ -75,6 +71,7 @@ class Objective:
     learn_temperature: bool = False
     mlm_weight: float = 0.0
     guide_margin: float | None = None
+    mask_other_positives: bool = True
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -163,7 +160,9 @@ class FunctionObjective(Objective):
             InputError: if it returns anything but a number with a gradient.
         """
         rows = batch.embeddings, batch.text_ids, batch.all_embeddings, batch.all_text_ids, batch.own.start
-        loss = self.function(*rows, **batch.given())
+        learned = batch.temperature if isinstance(batch.temperature, Tensor) else None
+        further = {"temperature": learned, "other_ids": batch.other_ids, **batch.needed}  # passed only if they are there
+        loss = self.function(*rows, **{name: tensor for name, tensor in further.items() if tensor is not None})
         if not isinstance(loss, Tensor) or loss.numel() != 1 or (batch.embeddings.requires_grad and not loss.requires_grad):
             shape = f" of shape {tuple(loss.shape)}, gradient {loss.requires_grad}" if isinstance(loss, Tensor) else ""
             raise InputError(

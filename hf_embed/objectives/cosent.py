@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from hf_embed.errors import InputError
 from hf_embed.objectives.base import Batch, Objective
 from hf_embed.objectives.tiles import by_tiles
-from hf_embed.ranges import POSITIVE, check_ranges, setting
+from hf_embed.ranges import ABOVE_ZERO, check_ranges, setting
 
 
 @dataclass
@@ -44,7 +44,7 @@ class CoSENT(Objective):
     temperature: float = setting(0.05, "Temperature that the cosine similarities are divided by.")
 
     def __post_init__(self) -> None:
-        check_ranges(self, {"temperature": POSITIVE})
+        check_ranges(self, {"temperature": ABOVE_ZERO})
 
     def check_rows(self, texts_per_row: int, name: str) -> None:
         """Refuse rows with negatives, because a score belongs to a pair.

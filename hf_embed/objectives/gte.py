@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from hf_embed.errors import InputError
 from hf_embed.objectives.base import GUIDE_HELP, Batch, Objective
 from hf_embed.objectives.masking import false_negatives
-from hf_embed.ranges import COUNT, FINITE, POSITIVE, check_ranges, is_one_of, setting
+from hf_embed.ranges import ABOVE_ZERO, COUNT, FINITE, check_ranges, is_one_of, setting
 
 DIRECTIONS = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
 TILE_SIZE = 2**26  # largest number of similarities in a tile: 256 MiB in float32
@@ -91,7 +91,7 @@ class ImprovedContrastive(Objective):
         if not isinstance(self.directions, list | tuple | str):
             raise InputError(f"directions are {self.directions!r}; give a list of {', '.join(DIRECTIONS)}")
         self.directions = tuple(self.directions)
-        check_ranges(self, {"temperature": POSITIVE, "margin": FINITE, "guide_margin": FINITE, "tile_rows": COUNT})
+        check_ranges(self, {"temperature": ABOVE_ZERO, "margin": FINITE, "guide_margin": FINITE, "tile_rows": COUNT})
         if self.margin is not None and self.guide_margin is not None:
             raise InputError(
                 "margin and guide_margin are both set; choose whether the model itself or a teacher judges candidates"
@@ -102,8 +102,6 @@ class ImprovedContrastive(Objective):
             raise InputError(f"directions are {' '.join(self.directions)}; name each direction only once")
         if "query_to_doc" not in self.directions:
             raise InputError("directions need query_to_doc, because it contains the positive pair; add it")
-        if not is_one_of(self.partition_mode, ("joint", "per_direction")):
-            raise InputError(f"unknown partition_mode '{self.partition_mode}'; use joint or per_direction")
         if self.partition_mode == "per_direction":
             if lacking := {"query_to_query", "doc_to_doc"} & set(self.directions):
                 raise InputError(f"per_direction does not support {max(lacking)}, which contains no positive; use joint")

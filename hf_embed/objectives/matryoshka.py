@@ -51,6 +51,7 @@ class Matryoshka(Objective):
             raise InputError("Matryoshka cannot shorten the target vectors of a teacher; use the objective without Matryoshka")
         inner = self.inner
         self.temperature, self.learn_temperature, self.mlm_weight = inner.temperature, inner.learn_temperature, inner.mlm_weight
+        self.mask_other_positives = inner.mask_other_positives
         self.dims = tuple(self.dims)
         self.weights = (1.0,) * len(self.dims) if self.weights is None else tuple(self.weights)
         if not self.dims or not all(dim in COUNT for dim in self.dims) or len(set(self.dims)) < len(self.dims):
@@ -94,8 +95,8 @@ class Matryoshka(Objective):
         """Return the mean loss of the own rows, a scalar."""
         self.check_width(batch.embeddings.shape[-1])
         assert self.weights is not None  # __post_init__ has set them
-        loss, inner, given = batch.embeddings.new_zeros(()), self.inner, batch.given()
+        loss, inner = batch.embeddings.new_zeros(()), self.inner
         for dim, weight in zip(self.dims, self.weights):  # equation 1: the sum over widths m of c_m L
             own, everyone = batch.embeddings[..., :dim], batch.all_embeddings[..., :dim]
-            loss = loss + weight * inner(own, batch.text_ids, everyone, batch.all_text_ids, batch.own.start, **given)
+            loss = loss + weight * inner.mean_loss(batch._replace(embeddings=own, all_embeddings=everyone))
         return loss

@@ -15,7 +15,7 @@ from hf_embed.errors import InputError
 from hf_embed.objectives.base import GUIDE_HELP, Batch, Objective
 from hf_embed.objectives.masking import false_negatives
 from hf_embed.objectives.tiles import by_tiles
-from hf_embed.ranges import FINITE, POSITIVE, Range, check_ranges, setting
+from hf_embed.ranges import ABOVE_ZERO, FINITE, Range, check_ranges, setting
 
 
 @dataclass
@@ -68,7 +68,12 @@ class SimCSE(Objective):
     guide_margin: float | None = setting(None, GUIDE_HELP)
 
     def __post_init__(self) -> None:
-        ranges = {"temperature": POSITIVE, "hard_negative_weight": FINITE, "mlm_weight": Range(least=0), "guide_margin": FINITE}
+        ranges = {
+            "temperature": ABOVE_ZERO,
+            "hard_negative_weight": FINITE,
+            "mlm_weight": Range(least=0),
+            "guide_margin": FINITE,
+        }
         check_ranges(self, ranges)
 
     def check_rows(self, texts_per_row: int, name: str) -> None:

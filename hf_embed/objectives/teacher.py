@@ -15,7 +15,7 @@ from hf_embed.entry import recipe_command
 from hf_embed.errors import InputError
 from hf_embed.objectives.base import Batch, Objective
 from hf_embed.objectives.tiles import by_tiles
-from hf_embed.ranges import POSITIVE, check_ranges, is_one_of, setting
+from hf_embed.ranges import ABOVE_ZERO, check_ranges, setting
 
 
 def check_candidates(texts_per_row: int, loss: str, name: str) -> None:
@@ -67,9 +67,7 @@ class TeacherKL(Objective):
     )
 
     def __post_init__(self) -> None:
-        check_ranges(self, {"temperature": POSITIVE, "teacher_temperature": POSITIVE})
-        if not is_one_of(self.candidates, ("row", "batch")):
-            raise InputError(f"unknown candidates '{self.candidates}'; use row or batch")
+        check_ranges(self, {"temperature": ABOVE_ZERO, "teacher_temperature": ABOVE_ZERO})
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -146,8 +144,7 @@ class MarginMSE(Objective):
     similarity: Literal["dot", "cosine"] = setting("dot", "Similarity of the student: dot or cosine.")
 
     def __post_init__(self) -> None:
-        if not is_one_of(self.similarity, ("dot", "cosine")):
-            raise InputError(f"unknown similarity '{self.similarity}'; use dot or cosine")
+        check_ranges(self, {})
 
     def check_rows(self, texts_per_row: int, name: str) -> None:
         """Refuse rows without negatives.
@@ -201,8 +198,7 @@ class VectorDistillation(Objective):
     loss: Literal["cosine", "mse"] = setting("cosine", "Distance to the teacher's vectors.")
 
     def __post_init__(self) -> None:
-        if not is_one_of(self.loss, ("cosine", "mse")):
-            raise InputError(f"unknown loss '{self.loss}'; use cosine or mse")
+        check_ranges(self, {})
 
     def mean_loss(self, batch: Batch) -> Tensor:
         """Return the mean loss of the own rows, a scalar."""

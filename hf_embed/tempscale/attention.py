@@ -197,12 +197,6 @@ def models_in(module: nn.Module) -> list[PreTrainedModel]:
     return [model for child in module.children() for model in models_in(child)]
 
 
-def base_of(model: nn.Module) -> PreTrainedModel:
-    """Return the model inside a PEFT model; return any other model unchanged."""
-    whole: Any = model
-    return whole.get_base_model() if hasattr(whole, "get_base_model") else whole
-
-
 # ---- what is divided, and by what ----
 
 

@@ -32,15 +32,15 @@ from datasets import Dataset, Features, IterableDataset, List, Value
 from datasets.arrow_writer import ArrowWriter
 
 from hf_embed.data.cache import check_cache, stored, versions
-from hf_embed.errors import InputError, masked
-from hf_embed.read_files import LFS_POINTER, NOT_FETCHED, first_line, is_packed, kind_of, other_kind, parse_json
+from hf_embed.data.known_columns import is_negative
+from hf_embed.errors import InputError, first_line, masked, shortened
+from hf_embed.read_files import LFS_POINTER, NOT_FETCHED, is_packed, kind_of, other_kind, parse_json
 from hf_embed.safe_files import hash_of
 
 logger = logging.getLogger(__name__)
 
 SEPARATORS = {"csv": ",", "tsv": "\t"}
 SEPARATOR_NAMES = {",": "a comma", "\t": "a tab", ";": "';'", "|": "'|'"}
-NEGATIVE = re.compile(r"(hard[\s_-]*)?neg(ative)?s?[\s_-]*(\d*|(passage|ctx|document|doc|text)s?)", re.IGNORECASE)
 BATCH_ROWS, BATCH_CHARACTERS = 2000, 10_000_000
 # A cell that is enclosed in quotes, with quotes inside that are written twice: "He said ""hi"".".
 QUOTED = re.compile(r'"(?=.*"")(?:[^"]|"")+"')
@@ -180,12 +180,6 @@ def table_columns(path: str, table: Table) -> list[str]:
 def other_separator(header: str, own: str = "") -> str | None:
     """Return another separator that occurs in the name of a file's only column, or None."""
     return next((separator for separator in ";|\t," if separator != own and separator in header), None)
-
-
-def shortened(text: str) -> str:
-    """Return the beginning of a text, on one line."""
-    start = " ".join(text[:61].split())
-    return start if len(text) <= 60 else f"{start[:60]}..."
 
 
 def check_names(names: Sequence[str], where: str) -> None:
@@ -381,7 +375,7 @@ def rows_of(path: str, table: Table) -> Iterator[dict]:
     kind = kind_of(path)
     if kind in SEPARATORS:
         names = table_columns(path, table)
-        absent = {name for name in names if NEGATIVE.fullmatch(name)}  # an empty cell says that there is no negative
+        absent = set(filter(is_negative, names))  # an empty cell says that there is no negative
         for _, _, cells in body_rows(path, table):
             row = zip(names, chain(cells, [None] * (len(names) - len(cells))))
             yield {name: None if cell == "" and name in absent else cell for name, cell in row}
@@ -466,7 +460,7 @@ def cached_rows(identity: str, features: Features, rows: Iterable[dict]) -> Data
 def stream(paths: list[str], table: Table) -> IterableDataset:
     """Return the rows of text files as a stream, which reads the files again in every pass.
 
-    The first rows determine the columns. Only columns of negatives may begin later (`hf_embed.data.mixture.Stream` refuses
+    The first rows determine the columns. Only columns of negatives may begin later (`hf_embed.data.stream.Stream` refuses
     them, unless the source uses no negatives).
     """
     if kind_of(paths[0]) in SEPARATORS:
@@ -481,5 +475,5 @@ def streamed(paths: list[str], table: Table, columns: tuple[str, ...]) -> Iterat
     known = set(columns)
     for path in paths:
         for row in rows_of(path, table):
-            late = {key: row[key] for key in row.keys() - known if NEGATIVE.fullmatch(key) and row[key]}
+            late = {key: row[key] for key in row.keys() - known if is_negative(key) and row[key]}
             yield {name: row.get(name) for name in columns} | late

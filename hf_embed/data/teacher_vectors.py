@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 SAMPLE = 20_000  # the principal directions are those of about this many evenly spaced vectors
 
 
-class VectorFile:
+class TeacherVectors:
     """The vectors of a file, looked up by row number. With a width D, they are turned into vectors of D numbers.
 
     If E is larger than D, the vectors are projected on their D leading principal directions. The directions are not centered,
@@ -50,7 +50,7 @@ class VectorFile:
 
 
 def directions_of(rows: np.ndarray, width: int) -> np.ndarray:
-    """Return the matrix (E, D) that turns vectors (M, E) into vectors of D = `width` numbers; see `VectorFile`."""
+    """Return the matrix (E, D) that turns vectors (M, E) into vectors of D = `width` numbers; see `TeacherVectors`."""
     own = rows.shape[1]
     if own <= width:
         return np.eye(own, width, dtype=rows.dtype)

@@ -1,0 +1,144 @@
+"""A stream of rows to train on, read by number. Nothing of it is stored, so only its first rows are checked in advance."""
+
+import logging
+from collections.abc import Iterator
+from itertools import chain, islice
+from typing import TYPE_CHECKING
+
+import pyarrow
+from datasets import IterableDataset
+from datasets.distributed import split_dataset_by_node
+
+from hf_embed.data.columns import FIRST_ROWS, column_names, negative_columns, text_columns, warn_of_judgements
+from hf_embed.data.sampling import generator
+from hf_embed.data.sources import check_first_texts, kept_rows
+from hf_embed.data.tokenization import RowTokenizer, too_few_rows
+from hf_embed.errors import InputError, RankError, first_line
+from hf_embed.library_internals import was_cut, was_split
+
+if TYPE_CHECKING:
+    from hf_embed.data.mixture import Source
+
+logger = logging.getLogger(__name__)
+
+# The largest number of positives in a row of a stream. The actual number is unknown in advance.
+MOST_POSITIVES = 64
+
+
+class Stream:
+    """This rank's rows of an iterable dataset, numbered from 0. The rows are shuffled in a buffer and repeated without end.
+
+    Each pass over the rows is shuffled differently, from (seed, pass). To read a row, all rows before it are read too. Reading
+    an earlier row again starts from the beginning of the first pass.
+    """
+
+    def __init__(
+        self, source: "Source", tokenizer: RowTokenizer, rank: int, ranks: int, seed: int, buffer_size: int, drop: bool
+    ):
+        self.label, self.tokenizer, self.negatives, self.drop = source.label, tokenizer, source.negatives, drop
+        self.columns = text_columns(column_names(source.rows), source.label)
+        self.rows, self.rank, self.ranks, self.seed, self.buffer_size = source.rows, rank, ranks, seed, buffer_size
+        self.size = source.size or 0  # `Source` guarantees that the size is set
+        self.read = 0  # the number of rows that have been read from `endless`
+        self.endless: Iterator[tuple[list[str], list[str]]] | None = None
+        self.views = 2 + (source.negatives or 0)
+        if len(self.columns) > 2 and source.negatives is None:
+            raise InputError(
+                f"{source.label}: a streaming dataset with negatives needs negatives: (the number to use per row), or "
+                "Source(name, rows, negatives=...) in a script"
+            )
+        if ranks > 1 and was_split(source.rows):
+            raise InputError(f"{source.label}: the stream is split among processes twice; give each process the whole stream")
+        self.probe(list(islice(source.rows, FIRST_ROWS)))
+
+    def probe(self, first: list[dict]) -> None:
+        """Check the first rows, and store what they tell of all rows.
+
+        Raises:
+            InputError: if something is wrong with one of them, or if there are fewer than two.
+        """
+        check_first_texts(first, self.columns, self.label)
+        if len(self.columns) > 1:
+            unused = dict.fromkeys(column for row in first for column in row if column not in self.columns)
+            warn_of_judgements(first, list(unused), self.label)
+        # Whether the cells of positives are lists.
+        self.several = any(isinstance(row.get(column), list) for row in first for column in self.columns[1:2])
+        texts = [own for number, row in enumerate(first, 1) for own, _ in self.texts(row, f"row {number}")]
+        if max(len(first), len(texts)) < 2:
+            raise too_few_rows(len(texts), self.label)
+        tokens = self.tokenizer(texts)
+        self.truncated_share = sum(tokens["truncated"]) / max(1, sum(map(len, texts)))
+        self.probed_ids = pyarrow.chunked_array([tokens["text_ids"]], pyarrow.list_(pyarrow.int64()))  # of the first rows
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitems__(self, numbers: list[int]) -> list[dict]:
+        if self.endless is None or numbers[0] < self.read:
+            self.endless, self.read = self.passes(), 0
+        texts = list(islice(self.endless, numbers[0] - self.read, numbers[-1] + 1 - self.read))
+        self.read = numbers[-1] + 1
+        others = [others_of_row for _, others_of_row in texts] if self.several else None
+        columns = self.tokenizer([own for own, _ in texts], others, MOST_POSITIVES - 1)
+        return [dict(zip(columns, row)) for row in zip(*columns.values())]
+
+    def one_pass(self, turn: int) -> IterableDataset:
+        """Return this rank's rows of one pass, shuffled, as a separate dataset.
+
+        With a shared dataset, `set_epoch` would also change the passes of other worker processes. After `take` or `skip`, the
+        ranks share the rows and not the files, because `datasets` would take or skip a part of the rows in each rank's files.
+        """
+        shuffled = self.rows.shuffle(seed=generator(self.seed, turn).initial_seed(), buffer_size=self.buffer_size)
+        if self.ranks > 1 and was_cut(self.rows):
+            return shuffled.filter(lambda row, number: number % self.ranks == self.rank, with_indices=True)
+        return split_dataset_by_node(shuffled, self.rank, self.ranks)
+
+    def passes(self) -> Iterator[tuple[list[str], list[str]]]:
+        """Read one pass after another, without end. Yield the texts of each row and its other positives."""
+        turn = 0
+        while True:
+            kept = dropped = 0
+            # iter() would give a worker process only a part of the rows. Here each worker skips the rows of other workers.
+            batches = self.one_pass(turn).iter(batch_size=256)
+            while (texts := self.next_texts(batches)) is not None:
+                dropped += texts.count([])
+                kept += len(texts) - texts.count([])
+                yield from chain.from_iterable(texts)
+            if dropped and turn == 0:
+                logger.warning(f"{self.label}: {dropped:,} of {kept + dropped:,} rows had an empty text and were dropped")
+            if not kept:
+                raise RankError(f"{self.label}: there are no rows for this process; give more rows or files than processes")
+            turn += 1
+
+    def next_texts(self, batches: Iterator[dict]) -> list[list[tuple[list[str], list[str]]]] | None:
+        """Read the rows of the next batch in the form that `texts` returns. Return None after the last batch."""
+        try:
+            batch = next(batches, None)
+            if batch is None:
+                return None
+            late = negative_columns([column for column in batch if column not in self.columns])
+            if late and self.negatives != 0:
+                raise InputError(
+                    f"{self.label}: column {late[0]} begins after the first rows; give it in each row, maybe as null, or set "
+                    "negatives: 0 to use none"
+                )
+            rows = range(max(map(len, batch.values())))
+            return [self.texts({name: batch[name][i] for name in self.columns if name in batch}) for i in rows]
+        except InputError as error:
+            raise RankError(str(error)) from error
+        except Exception as error:  # the readers and the file systems below them raise many kinds of errors
+            raise RankError(f"{self.label}: the next rows cannot be read: {first_line(error)}") from error
+
+    def texts(self, row: dict, place: str = "") -> list[tuple[list[str], list[str]]]:
+        """Return (texts, other positives) for each positive of a row, or nothing if the row is dropped.
+
+        `place` is what messages call the row. Default: its first characters, because the rows are shuffled.
+        """
+        where = f"{self.label}, {place or f'the row {str(row)[:60]}...'}"
+        made = kept_rows(row, self.columns, where, self.drop)
+        if len(made) > (MOST_POSITIVES if self.several else 1):
+            most = f"at most {MOST_POSITIVES}" if self.several else f"one, as in its first {FIRST_ROWS} rows"
+            raise InputError(
+                f"{where} has {len(made)} positives, but a row of this stream may have {most}; remove streaming: true"
+            )
+        return [(texts[: self.views], others) for texts, others in made]
