@@ -15,7 +15,7 @@ Shapes: M different texts, E width of the teacher, D width of the model that is 
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,11 @@ ROWS_AT_ONCE = 10_000  # rows of a table that are read at a time
 
 
 def with_teacher(
-    tables: list[Any], objectives: list[Objective], args: ContrastiveTrainingArguments, width: int
+    tables: list[Any],
+    objectives: list[Objective],
+    args: ContrastiveTrainingArguments,
+    width: int,
+    training: Mapping[str, VectorFile] | None = None,
 ) -> tuple[list[Any], dict[str, VectorFile]]:
     """Replace the column `texts` of tables by what their objectives need of the teacher. Every rank calls this.
 
@@ -51,6 +55,7 @@ def with_teacher(
         objectives: the objective of each.
         args: the training arguments, which name the teacher.
         width: D.
+        training: for held-out rows, what this function returned for the training rows.
 
     Returns:
         The tables, and the vectors for the collator by the name of the objective's argument.
@@ -82,7 +87,8 @@ def with_teacher(
             table = table.add_column("scores", cosines(vectors, of_table))
         made[i] = table if {"teacher", "target"}.isdisjoint(needed) else table.add_column("vectors", of_table)
     found = {"teacher": vectors} if "teacher" in wanted else {}
-    return made, found | ({"target": VectorFile(file, width)} if "target" in wanted else {})
+    like = (training or {}).get("target")
+    return made, found | ({"target": VectorFile(file, width, like)} if "target" in wanted else {})
 
 
 def load_teacher(name: str, device: torch.device) -> Encoder:
