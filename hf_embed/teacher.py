@@ -62,7 +62,8 @@ def with_teacher(
 
     Raises:
         InputError: if an objective needs a teacher and there is none, if no objective uses the teacher, if the teacher cannot
-            be loaded, if a text is empty, or if a vector is not finite.
+            be loaded, if a text is empty, or if a vector is not finite. For held-out rows, also if the teacher is wider than
+            the model, and no training row learns its vectors.
     """
     waiting = [i for i, table in enumerate(tables) if isinstance(table, Dataset) and "texts" in table.column_names]
     if waiting and args.teacher is None:
@@ -87,7 +88,12 @@ def with_teacher(
             table = table.add_column("scores", cosines(vectors, of_table))
         made[i] = table if {"teacher", "target"}.isdisjoint(needed) else table.add_column("vectors", of_table)
     found = {"teacher": vectors} if "teacher" in wanted else {}
-    like = (training or {}).get("target")
+    like = None if training is None else training.get("target")
+    if training is not None and like is None and "target" in wanted and vectors.rows.shape[1] > width:
+        raise InputError(
+            f"the teacher's vectors are wider than the model's ({vectors.rows.shape[1]} and {width} numbers), so the loss of "
+            "held-out rows needs the directions of the training rows; give a train_dataset that learns its vectors"
+        )
     return made, found | ({"target": VectorFile(file, width, like)} if "target" in wanted else {})
 
 

@@ -329,6 +329,8 @@ def test_held_out_rows_learn_the_directions_of_the_training(tmp_path, teacher):
     """BUG: with a wider teacher, held-out rows had the principal directions of their own texts, so their loss was wrong."""
     settings = {"teacher": teacher, "per_device_eval_batch_size": 8, "per_device_train_batch_size": 8}
     made = trainer(tmp_path, VectorDistillation(), PAIRS, PAIRS[:8], tiny_model(hidden_size=16), **settings)
+    alone = error_of(trainer, tmp_path, VectorDistillation(), None, PAIRS[:8], tiny_model(hidden_size=16), **settings)
+    assert "(32 and 16 numbers), so the loss of held-out rows needs the directions of the training rows" in alone
     batch = made.data_collator(made.train_dataset.__getitems__(list(range(8))))
     made.step.eval()
     expected = pytest.approx(made.compute_loss(made.step, batch).item(), rel=1e-4)
