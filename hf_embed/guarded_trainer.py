@@ -47,10 +47,11 @@ from hf_embed.training_record import ends_training
 
 logger = logging.getLogger(__name__)
 
-# The settings with which Trainer makes an optimizer.
+# The settings with which Trainer makes an optimizer, and its schedule.
 OF_OPTIMIZER = (
     "optim", "optim_args", "optim_target_modules", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"
 )  # fmt: skip
+OF_SCHEDULE = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")
 
 
 class GuardedTrainer(CheckpointTrainer):
@@ -73,6 +74,9 @@ class GuardedTrainer(CheckpointTrainer):
         clear_accelerator_state()  # as making the arguments does, which other trainers may have followed
         super().__init__(*args, **kwargs)
         self.made_with, self.made_of, self.tokenized_with = self._read_once(), self._parts(), self._for_tokens()
+        parts = ((self.optimizer, OF_OPTIMIZER), (self.lr_scheduler, OF_SCHEDULE))
+        # The classes of the optimizer and the schedule that the user gave, and the settings that they replace.
+        self.given = {type(part).__name__: settings for part, settings in parts if part is not None}
         self.accelerate_state = accelerate_state()
         self.optimizer_of: dict[str, Any] | None = None  # what the optimizer was made for, if Trainer has made it
         self.check_skipping()

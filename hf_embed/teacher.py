@@ -15,7 +15,7 @@ Shapes: M different texts, E width of the teacher, D width of the model that is 
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,11 @@ ROWS_AT_ONCE = 10_000  # rows of a table that are read at a time
 
 
 def with_teacher(
-    tables: list[Any], objectives: list[Objective], args: ContrastiveTrainingArguments, width: int
+    tables: list[Any],
+    objectives: list[Objective],
+    args: ContrastiveTrainingArguments,
+    width: int,
+    training: Mapping[str, TeacherVectors] | None = None,
 ) -> tuple[list[Any], dict[str, TeacherVectors]]:
     """Replace the column `texts` of tables by what their objectives need of the teacher. Every rank calls this.
 
@@ -51,13 +55,15 @@ def with_teacher(
         objectives: the objective of each.
         args: the training arguments, which name the teacher.
         width: D.
+        training: for held-out rows, what this function returned for the training rows.
 
     Returns:
         The tables, and the vectors for the collator by the name of the objective's argument.
 
     Raises:
         InputError: if an objective needs a teacher and there is none, if no objective uses the teacher, if the teacher cannot
-            be loaded, if a text is empty, or if a vector is not finite.
+            be loaded, if a text is empty, or if a vector is not finite. For held-out rows, also if the teacher is wider than
+            the model, and no training row learns its vectors.
     """
     waiting = [i for i, table in enumerate(tables) if isinstance(table, Dataset) and "texts" in table.column_names]
     if waiting and args.teacher is None:
@@ -82,7 +88,13 @@ def with_teacher(
             table = table.add_column("scores", cosines(vectors, of_table))
         made[i] = table if {"teacher", "target"}.isdisjoint(needed) else table.add_column("vectors", of_table)
     found = {"teacher": vectors} if "teacher" in wanted else {}
-    return made, found | ({"target": TeacherVectors(file, width)} if "target" in wanted else {})
+    like = None if training is None else training.get("target")
+    if training is not None and like is None and "target" in wanted and vectors.rows.shape[1] > width:
+        raise InputError(
+            f"the teacher's vectors are wider than the model's ({vectors.rows.shape[1]} and {width} numbers), so the loss of "
+            "held-out rows needs the directions of the training rows; give a train_dataset that learns its vectors"
+        )
+    return made, found | ({"target": TeacherVectors(file, width, like)} if "target" in wanted else {})
 
 
 def load_teacher(name: str, device: torch.device) -> Encoder:

@@ -142,7 +142,7 @@ class ContrastiveTrainer(GuardedTrainer):
         training = trainer_rows.read_training_rows(rows, self.step, args, self.main_objective, train_name, paired)
         tokens, self.objectives = training.tokens, training.objectives  # one for each source
         self.teacher_identity = "".join({vectors.identity for vectors in training.vectors.values()})  # "" without vectors
-        tasks = trainer_rows.make_held_out(tasks, self.step, args, self.main_objective, tokens)
+        tasks = trainer_rows.make_held_out(tasks, self.step, args, self.main_objective, training.vectors, tokens)
         warn_of_ignored(args, tasks)
         self.origin = origin_of(train_dataset, train_name)
         self.scored: dict[str, Task] = {}  # the tasks evaluated so far, by name

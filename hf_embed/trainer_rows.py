@@ -11,6 +11,7 @@ from datasets import Dataset
 from transformers.trainer_utils import PredictionOutput, speed_metrics
 
 from hf_embed.arguments import ContrastiveTrainingArguments
+from hf_embed.data.collator import RaggedCollator
 from hf_embed.data.columns import text_columns
 from hf_embed.data.loader import batch_sampler
 from hf_embed.data.mixture import Mixture, Source, TrainData, has_several_positives, make_mixture, tokenize_source
@@ -243,7 +244,8 @@ def own_tasks(trainer: "GuardedTrainer") -> dict[str, Task]:
 
 def tasks_of(trainer: "GuardedTrainer", sets: EvalSets | None) -> dict[str, Task]:
     """Return evaluation sets by name, as the trainer scores them. Sets that are ready stay as they are."""
-    tasks = make_held_out(as_tasks(sets), trainer.step, trainer.args, trainer.main_objective)
+    vectors = cast(RaggedCollator, trainer.data_collator).vectors
+    tasks = make_held_out(as_tasks(sets), trainer.step, trainer.args, trainer.main_objective, vectors)
     has_pairs = any(isinstance(task, STS) for task in tasks.values())
     return with_metrics(tasks, trainer.compute_metrics) if has_pairs else tasks
 
@@ -275,11 +277,13 @@ def make_held_out(
     step: TrainingStep,
     args: ContrastiveTrainingArguments,
     objective: Objective,
+    vectors_of_training: Mapping[str, TeacherVectors],
     training: Dataset | Mixture | None = None,
 ) -> dict[str, Task]:
     """Return the tasks, after tokenizing and checking the held-out rows among them in the same way as training rows.
 
-    A warning counts the held-out rows that are also training rows (`training`).
+    They get the vectors of a teacher in the form that the training rows have (`vectors_of_training`). A warning counts the
+    held-out rows that are also training rows (`training`).
 
     Raises:
         InputError: if a batch would have one row, and so no negatives, if something is wrong with the rows, or if the ranks
@@ -299,7 +303,7 @@ def make_held_out(
             table = tokenize_rows(stored_rows(task.rows, name), step.encoder, args, objective, name, paired=True)
         check_same_on_ranks(f"{name}: the rows", rows_hash(table))
         check_objective(objective, table, max(2, most_texts(table)), name)
-        (table,), vectors = with_teacher([table], [objective], args, step.encoder.full_dimension)
+        (table,), vectors = with_teacher([table], [objective], args, step.encoder.full_dimension, vectors_of_training)
         loss = made[name] = HeldOutLoss(table, objective, batch_size, step, args.chunk_tokens, vectors=vectors)
         if args.process_index == 0:
             warn_of_seen(loss.rows, training, name)

@@ -154,6 +154,10 @@ def about_training(trainer: "ContrastiveTrainer", scores: Mapping[str, float]) -
     evaluations = [entry for entry in state.log_history if any(key.startswith("eval_") for key in entry)]
     chosen = args.load_best_model_at_end and state.best_model_checkpoint is not None and len(evaluations) > 1
     settings = changed_settings([args], isinstance(trainer.train_dataset, Mixture))
+    replaced = {name for names in trainer.given.values() for name in names}
+    settings = {name: value for name, value in settings.items() if name not in replaced}
+    if trainer.given:
+        settings["optimizers"] = ", ".join(trainer.given)
     return {
         "model": publishable(name or "") or type(encoder.base).__name__, "data": trainer.origin.name,
         "base_model": on_the_hub(name), "datasets": trainer.origin.datasets,
@@ -161,7 +165,7 @@ def about_training(trainer: "ContrastiveTrainer", scores: Mapping[str, float]) -
         "pooling": encoder.pooling, "max_length": encoder.max_length,
         "objective": settings_of(trainer.main_objective), **source_objectives(trainer.train_dataset),
         "batch_size": args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
-        "learning_rate": args.learning_rate, "steps": state.global_step,
+        "learning_rate": None if "learning_rate" in replaced else args.learning_rate, "steps": state.global_step,
         "score": score, "chosen_by": score if chosen else None, **loss_and_time(end, state.global_step),
         "seed": args.seed, "processes": args.world_size,
         "hardware": hardware(args), "settings": settings,

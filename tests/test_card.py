@@ -163,6 +163,7 @@ def test_the_objective_within_matryoshka_is_the_one_that_was_trained(inner):
     for name in ("SimCSE", "ImprovedContrastive"):
         assert (OBJECTIVES[name].equation in card) == (OBJECTIVES[name].paper in card) == (name == inner)
     assert OBJECTIVES["Matryoshka"].paper in card
+    assert f"| Matryoshka: objective ({inner}: temperature 0.05), dims [16]," in card.replace("\\", "")  # BUG: {'name': ...}
 
 
 def test_a_table_shows_tasks_of_users_own():

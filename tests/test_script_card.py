@@ -79,6 +79,20 @@ def test_a_script_that_trains_evaluates_and_saves(tmp_path):
     assert "not evaluated" not in text
 
 
+def test_settings_that_a_given_optimizer_replaces_are_not_in_the_card(tmp_path):
+    """BUG: the card showed the learning rate of the arguments (5e-5 by default), with which nothing was trained."""
+    run = make(tmp_path, weight_decay=0.1, warmup_steps=2)
+    given = torch.optim.SGD([{"params": list(run.model.parameters()), "lr": 0.3}])
+    for schedule, kept in ((None, {"warmup_steps": 2}), (torch.optim.lr_scheduler.LambdaLR(given, lambda step: 1.0), {})):
+        args, named = run.args, "SGD" if schedule is None else "SGD, LambdaLR"
+        run = ContrastiveTrainer(run.model, args, None, ROWS, optimizers=(given, schedule))
+        run.train()
+        run.save_model()
+        train = stored(tmp_path)["train"]
+        assert train["learning_rate"] is None and train["settings"] == {"max_steps": 3, "optimizers": named} | kept
+        assert "learning_rate" not in card(tmp_path) and f"| optimizers | {named} |" in card(tmp_path)
+
+
 def test_without_an_evaluation_the_training_is_there_all_the_same(tmp_path):
     run = make(tmp_path)
     run.train()

@@ -49,14 +49,15 @@ def teacher(tmp_path_factory):
     return str(folder)
 
 
-def trainer(tmp_path, objective, rows, evaluation=None, **settings) -> ContrastiveTrainer:
+def trainer(tmp_path, objective, rows, evaluation=None, model=None, **settings) -> ContrastiveTrainer:
     defaults = {
         "per_device_train_batch_size": 4, "max_steps": 2, "save_strategy": "no", "report_to": [], "disable_tqdm": True,
         "optim": "sgd", "use_cpu": True,
     }  # fmt: skip
     args = ContrastiveTrainingArguments(tmp_path / "out", **(defaults | settings))
     rows = Dataset.from_list(rows) if isinstance(rows, list) and isinstance(rows[0], dict) else rows
-    return ContrastiveTrainer(tiny_model(), args, objective, rows, processing_class=small_tokenizer(), eval_dataset=evaluation)
+    model = model or tiny_model()
+    return ContrastiveTrainer(model, args, objective, rows, processing_class=small_tokenizer(), eval_dataset=evaluation)
 
 
 # ---- columns of scores ----
@@ -322,6 +323,18 @@ def test_held_out_rows_use_scores_and_the_teacher(tmp_path, teacher):
         batch = made.data_collator(made.train_dataset.__getitems__(list(range(8))))
         made.step.eval()
         assert loss == pytest.approx(made.compute_loss(made.step, batch).item(), rel=1e-4)
+
+
+def test_held_out_rows_learn_the_directions_of_the_training(tmp_path, teacher):
+    """BUG: with a wider teacher, held-out rows had the principal directions of their own texts, so their loss was wrong."""
+    settings = {"teacher": teacher, "per_device_eval_batch_size": 8, "per_device_train_batch_size": 8}
+    made = trainer(tmp_path, VectorDistillation(), PAIRS, PAIRS[:8], tiny_model(hidden_size=16), **settings)
+    alone = error_of(trainer, tmp_path, VectorDistillation(), None, PAIRS[:8], tiny_model(hidden_size=16), **settings)
+    assert "(32 and 16 numbers), so the loss of held-out rows needs the directions of the training rows" in alone
+    batch = made.data_collator(made.train_dataset.__getitems__(list(range(8))))
+    made.step.eval()
+    expected = pytest.approx(made.compute_loss(made.step, batch).item(), rel=1e-4)
+    assert made.evaluate()["eval_loss"] == expected and made.evaluate({"more": PAIRS[:8]})["eval_more_loss"] == expected
 
 
 def test_a_function_that_names_scores_gets_them(tmp_path):

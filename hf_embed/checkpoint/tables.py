@@ -171,7 +171,8 @@ def training_rows(train: dict[str, Any]) -> list[tuple[str, str]]:
 
 def shown_objective(objective: dict[str, Any]) -> str:
     """Return the name and the settings of an objective for the card."""
-    settings = ", ".join(f"{key} {value}" for key, value in objective.items() if key != "name")
+    inner = {key: f"({shown_objective(value)})" for key, value in objective.items() if isinstance(value, dict)}
+    settings = ", ".join(f"{key} {value}" for key, value in (objective | inner).items() if key != "name")
     return f"{objective['name']}: {settings}" if settings else objective["name"]
 
 

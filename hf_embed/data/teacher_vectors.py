@@ -23,11 +23,15 @@ class TeacherVectors:
     If E is larger than D, the vectors are projected on their D leading principal directions. The directions are not centered,
     so the projection keeps dot products as well as D numbers can. If E is smaller than D, the vectors are filled up with zeros,
     which keeps all dot products.
+
+    `like` is a file of the same teacher whose directions are used: those of the training rows, for held-out rows.
     """
 
-    def __init__(self, path: Path, width: int | None = None):
+    def __init__(self, path: Path, width: int | None = None, like: "TeacherVectors | None" = None):
         self.path, self.width = path, width
-        self.directions = None if width is None else directions_of(self.rows, width)  # (E, D)
+        self.directions: np.ndarray | None = None  # (E, D)
+        if width is not None:
+            self.directions = directions_of(self.rows, width) if like is None else like.directions
 
     @property
     def identity(self) -> str:

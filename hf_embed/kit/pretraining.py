@@ -59,7 +59,9 @@ class PretrainArguments:
     num_heads: int = setting(6, "Number of attention heads in a layer.")
     max_length: int = setting(512, "Maximum length of a text, in tokens.")
     sentence_tokens: int = setting(14_000_000, "Number of tokens to train on in short texts.")
-    long_tokens: int = setting(4_000_000, "Number of tokens to train on in longer texts.")
+    long_tokens: int = setting(
+        4_000_000, "Number of tokens to train on in longer texts. distill may add those of up to 50,000 more sentences."
+    )
     batch_tokens: int = setting(5120, "Number of tokens in a batch.")
     learning_rate: float = setting(2e-3, "Highest learning rate of the schedule.")
     seed: int = setting(1, "Seed of the order of the texts and of the masked tokens.")
