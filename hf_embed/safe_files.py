@@ -145,13 +145,23 @@ def flush_one(path: Path) -> None:
 
 
 def flush(folder: Path) -> None:
-    """Wait until all files in a folder and its subfolders are on the disk."""
+    """Wait until all files in a folder and its subfolders are on the disk. New weights get the permissions of other new files."""
     for place, _, files in os.walk(folder):
         for name in files:
             path = Path(place, name)
             if path.is_file() and not path.is_symlink():
+                if path.suffix == ".safetensors" and path.stat().st_nlink == 1:  # not a link to a file of the user
+                    with contextlib.suppress(OSError):  # some network file systems have no permissions
+                        path.chmod(mode_of_new_files())  # safetensors 0.8 lets only the owner read them
                 flush_one(path)
         flush_one(Path(place))
+
+
+def mode_of_new_files() -> int:
+    """Return the permissions that a new file has in this process."""
+    umask = os.umask(0o077)  # there is no other way to read it
+    os.umask(umask)
+    return 0o666 & ~umask
 
 
 @contextlib.contextmanager

@@ -331,6 +331,7 @@ def test_rounding_is_saved(tmp_path, monkeypatch, check):
 def test_nothing_but_the_files_remains(tmp_path):
     tiny_encoder().save_pretrained(tmp_path)
     assert not list(tmp_path.glob(".*"))
+    assert len({path.stat().st_mode for path in tmp_path.iterdir() if path.is_file()}) == 1  # who may read them
 
 
 @pytest.mark.parametrize("how", ["plain", "folded", "gathered"])

@@ -5,6 +5,7 @@ import errno
 import io
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -12,7 +13,9 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import error_of
+from safetensors.torch import save_file
 
 from hf_embed import disk, safe_files
 from hf_embed.errors import InputError
@@ -117,6 +120,22 @@ def test_a_replaced_folder_is_the_old_or_the_new_one(tmp_path, monkeypatch, exch
     release(left)
     left.rmdir()
     assert {path.name for path in tmp_path.iterdir()} <= {"model", safe_files.replaced_name(folder).name}
+
+
+def test_weights_have_the_permissions_of_other_new_files(tmp_path):
+    """BUG: safetensors 0.8 lets only the owner read them, so another user of a cluster, or a server, could not load a model."""
+    private = tmp_path / "private.safetensors"
+    private.touch(0o600)
+    before = os.umask(0o027)
+    try:
+        with new_folder(tmp_path / "model") as new:
+            save_file({"a": torch.zeros(1)}, new / "model.safetensors")
+            (new / "config.json").touch()
+            link_tree(private, new / "private.safetensors")  # a file of the user that stood in the replaced folder
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "model").iterdir()}
+    assert modes == {"model.safetensors": 0o640, "config.json": 0o640, "private.safetensors": 0o600}
 
 
 def test_a_folder_can_be_exchanged_here(tmp_path):
