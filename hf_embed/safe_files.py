@@ -145,7 +145,7 @@ def flush_one(path: Path) -> None:
 
 
 def flush(folder: Path) -> None:
-    """Wait until all files in a folder and its subfolders are on the disk. New weights get the permissions of other new files."""
+    """Wait until all files in a folder and its subfolders are on the disk. New weights get the permissions of any new file."""
     for place, _, files in os.walk(folder):
         for name in files:
             path = Path(place, name)

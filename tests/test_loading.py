@@ -17,7 +17,7 @@ from transformers import BertForMaskedLM, GPT2Config, GPT2Model, GPTNeoConfig, G
 from transformers.utils import is_flash_attn_2_available
 
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder
-from hf_embed.checkpoint.load import load_model, unreachable
+from hf_embed.checkpoint.load import load_model
 
 
 @pytest.fixture
