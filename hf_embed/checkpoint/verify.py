@@ -23,6 +23,7 @@ from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.forward_check import TEXTS, undisturbed, without_flash
 from hf_embed.pooling import POOLINGS, pool, saved_pooling
+from hf_embed.progress import hidden_bars, quiet_libraries
 from hf_embed.text_models import loaded_classes, loading_class
 
 Encode = Callable[[list[str]], Tensor]  # from N texts to their vectors (N, D), on the CPU
@@ -255,6 +256,7 @@ def quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             warnings.simplefilter("ignore")
-            yield
+            with hidden_bars(), quiet_libraries():  # in a notebook, bars are no output
+                yield
     finally:
         logging.disable(disabled)
