@@ -94,7 +94,13 @@ def rename(old: Path, new: Path) -> None:
             return
         gc.collect()  # models that are no longer used, but whose weights lie in the file
         time.sleep(seconds)
-    old.replace(new)
+    try:
+        old.replace(new)
+    except OSError as error:
+        if error.errno != errno.EXDEV or not old.is_dir():
+            raise
+        shutil.copytree(old, new, symlinks=True)  # overlayfs renames no folder that came with a container's image
+        shutil.rmtree(old)
 
 
 def seal(path: Path) -> None:

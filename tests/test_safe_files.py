@@ -122,6 +122,25 @@ def test_a_replaced_folder_is_the_old_or_the_new_one(tmp_path, monkeypatch, exch
     assert {path.name for path in tmp_path.iterdir()} <= {"model", safe_files.replaced_name(folder).name}
 
 
+def test_a_folder_of_a_container_s_image_is_replaced(tmp_path, monkeypatch):
+    """BUG: overlayfs refuses to rename such a folder (EXDEV), so a run that replaced one ended in a traceback after training."""
+    folder, move = make(tmp_path / "model", "old"), os.replace
+    (folder / "sub").mkdir()
+
+    def replace(old, new):
+        if Path(old).is_dir() and not Path(old).name.startswith(disk.SAVING):
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), str(old))
+        move(old, new)
+
+    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(safe_files, "exchange", lambda one, other: False)
+    safe_files.remove(folder / "sub")
+    assert sorted(os.listdir(folder)) == ["config", "weights"]
+    with new_folder(folder) as new:
+        make(new, "new")
+    assert (folder / "config").read_text() == "new" and os.listdir(tmp_path) == ["model"]
+
+
 def test_weights_have_the_permissions_of_other_new_files(tmp_path):
     """BUG: safetensors 0.8 lets only the owner read them, so another user of a cluster, or a server, could not load a model."""
     private = tmp_path / "private.safetensors"
