@@ -276,20 +276,27 @@ def can_be_replaced(folder: Path) -> bool:
     return not in_use and os.access(folder.parent, os.W_OK)
 
 
-def link_tree(source: Path, target: Path) -> None:
-    """Give a file, a folder or a link a second name. Files are copied only if the file system has no hard links."""
+def link_tree(source: Path, target: Path, copy: bool = False) -> None:
+    """Give a file, a folder or a link a second name. Files are copied if `copy`, or if the file system has no hard links."""
     if source.is_symlink():
         target.symlink_to(os.readlink(source))
     elif source.is_dir():
         target.mkdir()
         for path in source.iterdir():
-            link_tree(path, target / path.name)
-        shutil.copystat(source, target)
+            link_tree(path, target / path.name, copy)
+        copy_permissions(source, target)
     elif source.is_file():
         try:
-            os.link(source, target)
+            (shutil.copyfile if copy else os.link)(source, target)
         except OSError:  # file systems give many reasons
-            shutil.copy2(source, target)
+            shutil.copyfile(source, target)
+            copy_permissions(source, target)
+
+
+def copy_permissions(source: Path, target: Path) -> None:
+    """Give `target` the permissions and times of `source`, unless the file system has none (WSL's /mnt/c, network shares)."""
+    with contextlib.suppress(PermissionError):
+        shutil.copystat(source, target)
 
 
 def remove(path: Path) -> None:

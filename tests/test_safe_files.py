@@ -123,7 +123,7 @@ def test_a_replaced_folder_is_the_old_or_the_new_one(tmp_path, monkeypatch, exch
 
 
 def test_a_folder_of_a_container_s_image_is_replaced(tmp_path, monkeypatch):
-    """BUG: overlayfs refuses to rename such a folder (EXDEV), so a run that replaced one ended in a traceback after training."""
+    """BUG: overlayfs refuses to rename such a folder (EXDEV), so a run that replaced one failed after its training."""
     folder, move = make(tmp_path / "model", "old"), os.replace
     (folder / "sub").mkdir()
 
@@ -169,10 +169,12 @@ def test_a_link_is_of_the_same_file(tmp_path):
     (tmp_path / "a" / "b" / "log").write_text("1")
     (tmp_path / "a" / "link").symlink_to("b/log")
     link_tree(tmp_path / "a", tmp_path / "c")
+    link_tree(tmp_path / "a", tmp_path / "copy", copy=True)
     with open(tmp_path / "a" / "b" / "log", "a") as file:
         file.write("2")
     assert (tmp_path / "c" / "b" / "log").read_text() == (tmp_path / "c" / "link").read_text() == "12"
     assert os.readlink(tmp_path / "c" / "link") == "b/log"
+    assert (tmp_path / "copy" / "b" / "log").read_text() == (tmp_path / "copy" / "link").read_text() == "1"
 
 
 def test_a_file_system_without_links_gets_copies(tmp_path, monkeypatch):
@@ -181,10 +183,15 @@ def test_a_file_system_without_links_gets_copies(tmp_path, monkeypatch):
     def refuse(*paths):
         raise OSError(errno.EINVAL, "Incorrect function")
 
+    def refuse_mode(*paths, **options):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
     monkeypatch.setattr(os, "link", refuse)
     make(tmp_path / "a", "text")
-    link_tree(tmp_path / "a", tmp_path / "b")
-    assert (tmp_path / "b" / "config").read_text() == (tmp_path / "b" / "weights").read_text() == "text"
+    for copied in ("b", "c"):
+        link_tree(tmp_path / "a", tmp_path / copied)
+        assert (tmp_path / copied / "config").read_text() == (tmp_path / copied / "weights").read_text() == "text"
+        monkeypatch.setattr(os, "chmod", refuse_mode)  # BUG: where WSL mounts Windows' folders, no model could be replaced
 
 
 # ---- Windows ----
