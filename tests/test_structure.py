@@ -35,11 +35,9 @@ NOT_ASIDE = {
     "checkpoint.verify": "into the new folder of checkpoint.save, for the loaders that are compared",
     "checkpoint.training_state": "into a checkpoint, which is renamed when it is whole",
     "checkpoint.whole": "into a checkpoint, which is renamed when it is whole",
-    "checkpoint.hub": "a copy of a checkpoint, to be uploaded and removed",
     "trainer": "into a checkpoint, which is renamed when it is whole",
     "vector_files": "a piece of work within `make_files`, and the memory map that has been written aside",
     "mining": "a piece of work within `make_files`",
-    "kit.seeds": "a copy of the best run, into a new folder",
     "kit.calibrate": "Encoder.save_pretrained, which puts the folder in place as a whole",
 }
 MOST_RECIPE_LINES = 80
