@@ -14,9 +14,9 @@ from mteb.abstasks import AbsTaskSTS
 from sentence_transformers import SentenceTransformer
 
 from hf_embed import Encoder
-from hf_embed.evaluation.mteb import run_mteb
 from hf_embed.evaluation.sts import STS, read_sts
 from hf_embed.kit.models import embed_with
+from hf_embed.kit.mteb_runs import run_mteb
 
 
 def main() -> None:

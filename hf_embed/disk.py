@@ -189,7 +189,7 @@ def mount_of(place: Path) -> Path:
 def nearest(place: Path) -> Path:
     """Return the absolute path of a file or folder. If it does not exist, return its nearest parent that exists."""
     path = Path(os.path.abspath(place))
-    while not os.path.lexists(path):
+    while not os.path.lexists(path) and path != path.parent:  # Windows may lack the drive, too
         path = path.parent
     return path
 
@@ -231,7 +231,8 @@ def check_folder(folder: str | Path, name: str = "output_dir") -> None:
     found = nearest(Path(folder))
     if not found.is_dir():
         what = "this" if found == Path(os.path.abspath(folder)) else str(found)
-        raise InputError(f"{said}: {what} is a {'file' if found.exists() else 'broken link'}; give a folder")
+        kind = "a file" if found.exists() else "a broken link" if found.is_symlink() else "a drive that does not exist"
+        raise InputError(f"{said}: {what} is {kind}; give a folder")
     try:
         with tempfile.TemporaryFile(dir=found) as file:
             file.write(b"0")

@@ -105,7 +105,8 @@ def silent_libraries() -> Iterator[None]:
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             warnings.simplefilter("ignore")
-            yield
+            with hidden_bars(), quiet_libraries():  # a bar of a notebook is not printed, so it is hidden in another way
+                yield
     finally:
         logging.disable(disabled)
 

@@ -94,7 +94,13 @@ def rename(old: Path, new: Path) -> None:
             return
         gc.collect()  # models that are no longer used, but whose weights lie in the file
         time.sleep(seconds)
-    old.replace(new)
+    try:
+        old.replace(new)
+    except OSError as error:
+        if error.errno != errno.EXDEV or not old.is_dir():
+            raise
+        shutil.copytree(old, new, symlinks=True)  # overlayfs renames no folder that came with a container's image
+        shutil.rmtree(old)
 
 
 def seal(path: Path) -> None:
@@ -145,13 +151,23 @@ def flush_one(path: Path) -> None:
 
 
 def flush(folder: Path) -> None:
-    """Wait until all files in a folder and its subfolders are on the disk."""
+    """Wait until all files in a folder and its subfolders are on the disk. New weights get the permissions of any new file."""
     for place, _, files in os.walk(folder):
         for name in files:
             path = Path(place, name)
             if path.is_file() and not path.is_symlink():
+                if path.suffix == ".safetensors" and path.stat().st_nlink == 1:  # not a link to a file of the user
+                    with contextlib.suppress(OSError):  # some network file systems have no permissions
+                        path.chmod(mode_of_new_files())  # safetensors 0.8 lets only the owner read them
                 flush_one(path)
         flush_one(Path(place))
+
+
+def mode_of_new_files() -> int:
+    """Return the permissions that a new file has in this process."""
+    umask = os.umask(0o077)  # there is no other way to read it
+    os.umask(umask)
+    return 0o666 & ~umask
 
 
 @contextlib.contextmanager
@@ -260,20 +276,27 @@ def can_be_replaced(folder: Path) -> bool:
     return not in_use and os.access(folder.parent, os.W_OK)
 
 
-def link_tree(source: Path, target: Path) -> None:
-    """Give a file, a folder or a link a second name. Files are copied only if the file system has no hard links."""
+def link_tree(source: Path, target: Path, copy: bool = False) -> None:
+    """Give a file, a folder or a link a second name. Files are copied if `copy`, or if the file system has no hard links."""
     if source.is_symlink():
         target.symlink_to(os.readlink(source))
     elif source.is_dir():
         target.mkdir()
         for path in source.iterdir():
-            link_tree(path, target / path.name)
-        shutil.copystat(source, target)
+            link_tree(path, target / path.name, copy)
+        copy_permissions(source, target)
     elif source.is_file():
         try:
-            os.link(source, target)
+            (shutil.copyfile if copy else os.link)(source, target)
         except OSError:  # file systems give many reasons
-            shutil.copy2(source, target)
+            shutil.copyfile(source, target)
+            copy_permissions(source, target)
+
+
+def copy_permissions(source: Path, target: Path) -> None:
+    """Give `target` the permissions and times of `source`, unless the file system has none (WSL's /mnt/c, network shares)."""
+    with contextlib.suppress(PermissionError):
+        shutil.copystat(source, target)
 
 
 def remove(path: Path) -> None:

@@ -72,7 +72,8 @@ def parse(tmp_path):
         ("max_length: [32]", "max_length", 32),
         # BUG: "~" was a folder of this name, in which a recipe wrote its output.
         ("train_file: ~/a.txt", "train_file", str(Path.home() / "a.txt")),
-        ("eval_sts_file: [a=~/1.tsv, b=2~/3.tsv]", "eval_sts_file", [f"a={Path.home()}/1.tsv", "b=2~/3.tsv"]),
+        ("eval_sts_file: [a-b=~/1.tsv, b=2~/3.tsv]", "eval_sts_file", [f"a-b={Path.home()}/1.tsv", "b=2~/3.tsv"]),
+        ("output_dir: ~\\mine", "output_dir", f"{Path.home()}\\mine"),  # as on Windows
     ],
 )
 def test_yaml_value(yaml, key, value, parse):
@@ -197,6 +198,12 @@ def test_bad_prompts_say_what_is_wanted(value, parse):
 )
 def test_bad_config_flag(flags, expected):
     assert expected in error_of(cli.parse, [SimCSE], argv=["--config", *flags])
+
+
+def test_a_config_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "my.yaml").write_text("temperature: 0.3")
+    assert cli.parse([SimCSE], argv=["--config=~/my.yaml"])[0].temperature == 0.3  # the shell does not replace this "~"
 
 
 @pytest.mark.parametrize(

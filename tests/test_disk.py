@@ -2,15 +2,17 @@
 
 import errno
 import importlib
+import ntpath
 import os
 import re
 import resource
 import subprocess
 import sys
 import tempfile
+import types
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import matplotlib
 import numpy as np
@@ -209,6 +211,21 @@ def test_folders_that_cannot_be_written(tmp_path):
     assert "this is a folder; name a file" in error_of(check_output_file, tmp_path, "OUT")
     assert "this is a device; name a file" in error_of(check_output_file, "/dev/null", "OUT")
     assert sorted(os.listdir(tmp_path)) == ["file", "loop", "lost"]
+
+
+def test_a_drive_that_windows_does_not_have_is_refused(monkeypatch):
+    """BUG: `--output_dir Z:\\out` never ended, because the search for a folder that exists went on at the drive's root."""
+
+    class Missing(PureWindowsPath):
+        def is_dir(self) -> bool:
+            return False
+
+        exists = is_symlink = is_dir
+
+    monkeypatch.setattr(disk, "os", types.SimpleNamespace(path=ntpath))
+    monkeypatch.setattr(disk, "Path", Missing)
+    said = error_of(check_folder, "Z:\\models\\out")
+    assert said == r"output_dir Z:\models\out: Z:\ is a drive that does not exist; give a folder"
 
 
 def test_a_read_only_file_system_is_refused(small_disk):

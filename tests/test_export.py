@@ -5,11 +5,13 @@ import json
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import tqdm.auto
 from conftest import DECODERS, SMALL, error_of, small_tokenizer, tiny_encoder, tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -331,6 +333,23 @@ def test_rounding_is_saved(tmp_path, monkeypatch, check):
 def test_nothing_but_the_files_remains(tmp_path):
     tiny_encoder().save_pretrained(tmp_path)
     assert not list(tmp_path.glob(".*"))
+    assert len({path.stat().st_mode for path in tmp_path.iterdir() if path.is_file()}) == 1  # who may read them
+
+
+def test_saving_leaves_no_bars_in_a_notebook(tmp_path, monkeypatch):
+    """BUG: each save left two bars in the output of the cell, those of the models that it was checked with."""
+    made = []
+
+    class Bar(tqdm.auto.tqdm):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            made.append(kwargs.get("desc"))
+            assert self.disable or self.delay, made
+
+    monkeypatch.setitem(sys.modules, "ipykernel", types.ModuleType("ipykernel"))
+    monkeypatch.setattr(tqdm.auto, "tqdm", Bar)
+    tiny_encoder().save_pretrained(tmp_path)
+    assert made.count("Loading weights") == 2
 
 
 @pytest.mark.parametrize("how", ["plain", "folded", "gathered"])

@@ -4,6 +4,7 @@ A model with random values is never loaded without a message.
 """
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,16 @@ def test_broken_files_are_one_line(folder, file, content):
 def test_missing_files_are_one_line(folder, file):
     (folder / file).unlink()
     assert f"model '{folder}' cannot be loaded" in error_of(Encoder.from_pretrained, str(folder))
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_file_that_may_not_be_read_is_named(folder, file, monkeypatch):
+    """BUG: safetensors calls it missing. Its version 0.8 saves weights that only their owner may read."""
+    access, closed = os.access, str(folder / file)
+    (folder / file).write_text("")  # root, who runs many tests, may read everything
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != closed and access(path, mode))
+    said = error_of(Encoder.from_pretrained, str(folder))
+    assert said.endswith(f": {closed}: you have no permission to read it; change its permissions (chmod)")
 
 
 # ---- weights that may be missing ----

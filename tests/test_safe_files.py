@@ -5,6 +5,7 @@ import errno
 import io
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -12,7 +13,9 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import error_of
+from safetensors.torch import save_file
 
 from hf_embed import disk, safe_files
 from hf_embed.errors import InputError
@@ -119,6 +122,41 @@ def test_a_replaced_folder_is_the_old_or_the_new_one(tmp_path, monkeypatch, exch
     assert {path.name for path in tmp_path.iterdir()} <= {"model", safe_files.replaced_name(folder).name}
 
 
+def test_a_folder_of_a_container_s_image_is_replaced(tmp_path, monkeypatch):
+    """BUG: overlayfs refuses to rename such a folder (EXDEV), so a run that replaced one failed after its training."""
+    folder, move = make(tmp_path / "model", "old"), os.replace
+    (folder / "sub").mkdir()
+
+    def replace(old, new):
+        if Path(old).is_dir() and not Path(old).name.startswith(disk.SAVING):
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), str(old))
+        move(old, new)
+
+    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(safe_files, "exchange", lambda one, other: False)
+    safe_files.remove(folder / "sub")
+    assert sorted(os.listdir(folder)) == ["config", "weights"]
+    with new_folder(folder) as new:
+        make(new, "new")
+    assert (folder / "config").read_text() == "new" and os.listdir(tmp_path) == ["model"]
+
+
+def test_weights_have_the_permissions_of_other_new_files(tmp_path):
+    """BUG: safetensors 0.8 lets only the owner read them, so another user of a cluster, or a server, could not load a model."""
+    private = tmp_path / "private.safetensors"
+    private.touch(0o600)
+    before = os.umask(0o027)
+    try:
+        with new_folder(tmp_path / "model") as new:
+            save_file({"a": torch.zeros(1)}, new / "model.safetensors")
+            (new / "config.json").touch()
+            link_tree(private, new / "private.safetensors")  # a file of the user that stood in the replaced folder
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "model").iterdir()}
+    assert modes == {"model.safetensors": 0o640, "config.json": 0o640, "private.safetensors": 0o600}
+
+
 def test_a_folder_can_be_exchanged_here(tmp_path):
     one, other = make(tmp_path / "one", "1"), make(tmp_path / "other", "2")
     if not safe_files.exchange(one, other):
@@ -131,10 +169,12 @@ def test_a_link_is_of_the_same_file(tmp_path):
     (tmp_path / "a" / "b" / "log").write_text("1")
     (tmp_path / "a" / "link").symlink_to("b/log")
     link_tree(tmp_path / "a", tmp_path / "c")
+    link_tree(tmp_path / "a", tmp_path / "copy", copy=True)
     with open(tmp_path / "a" / "b" / "log", "a") as file:
         file.write("2")
     assert (tmp_path / "c" / "b" / "log").read_text() == (tmp_path / "c" / "link").read_text() == "12"
     assert os.readlink(tmp_path / "c" / "link") == "b/log"
+    assert (tmp_path / "copy" / "b" / "log").read_text() == (tmp_path / "copy" / "link").read_text() == "1"
 
 
 def test_a_file_system_without_links_gets_copies(tmp_path, monkeypatch):
@@ -143,10 +183,15 @@ def test_a_file_system_without_links_gets_copies(tmp_path, monkeypatch):
     def refuse(*paths):
         raise OSError(errno.EINVAL, "Incorrect function")
 
+    def refuse_mode(*paths, **options):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
     monkeypatch.setattr(os, "link", refuse)
     make(tmp_path / "a", "text")
-    link_tree(tmp_path / "a", tmp_path / "b")
-    assert (tmp_path / "b" / "config").read_text() == (tmp_path / "b" / "weights").read_text() == "text"
+    for copied in ("b", "c"):
+        link_tree(tmp_path / "a", tmp_path / copied)
+        assert (tmp_path / copied / "config").read_text() == (tmp_path / copied / "weights").read_text() == "text"
+        monkeypatch.setattr(os, "chmod", refuse_mode)  # BUG: where WSL mounts Windows' folders, no model could be replaced
 
 
 # ---- Windows ----

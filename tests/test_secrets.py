@@ -31,7 +31,7 @@ from hf_embed.evaluation.triplets import read_triplets
 from hf_embed.evaluation.zero_shot import read_zero_shot
 from hf_embed.kit import cli
 from hf_embed.kit.code_search import read_code_search
-from hf_embed.kit.report import shown
+from hf_embed.training_record import publishable
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 SECRET = "hf_s3cr3ts3cr3ts3cr3ts3cr3t"
@@ -146,9 +146,9 @@ def test_parts_of_an_address_are_masked_one_by_one():
     assert masked("no port 'KEY123@host', KEY456, x.csv", address) == "no port '***@host', ***, x.csv"
 
 
-def test_shown_hides_where_a_folder_lies():
-    assert shown("/home/me/model") == "model" and shown("a/model") == "a/model"
-    assert shown("https://me:KEY@host/x.csv?sig=KEY") == "https://host/x.csv"
+def test_what_is_published_hides_where_a_folder_lies():
+    assert publishable("/home/me/model") == "model" and publishable("a/model") == "a/model"
+    assert publishable("https://me:KEY@host/x.csv?sig=KEY") == "https://host/x.csv"
 
 
 class Files(http.server.BaseHTTPRequestHandler):

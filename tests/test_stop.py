@@ -166,6 +166,21 @@ def test_the_launcher_of_one_process_hands_a_signal_on():
     assert [signal.getsignal(number) for number in HANDLED] == before
 
 
+def test_ctrl_c_does_not_end_the_launcher_on_windows(monkeypatch):
+    """BUG: psutil sends no SIGINT there, so `hf-embed launch` ended in an error while the training saved its checkpoint."""
+    asked = []
+
+    class Child:
+        def send_signal(self, number: int) -> None:
+            asked.append(number)
+            raise ValueError("only SIGTERM, CTRL_C_EVENT and CTRL_BREAK_EVENT signals are supported on Windows")
+
+    monkeypatch.setattr(psutil.Process, "children", lambda self: [Child()])
+    with forwarding():
+        signal.raise_signal(signal.SIGINT)
+    assert asked == [signal.SIGINT]
+
+
 def test_a_fork_of_the_training_neither_saves_nor_outlives_a_signal():
     with stop.StopRequests() as requests:
         ready = os.pipe()

@@ -35,6 +35,7 @@ from hf_embed.checkpoint.model_files import FILES, MODULE, MODULE_FILES, ONNX, S
 from hf_embed.entry import recipe_command
 from hf_embed.errors import InputError, first_line, in_short
 from hf_embed.read_files import read_json, read_text
+from hf_embed.safe_files import link_tree
 
 logger = logging.getLogger(__name__)
 
@@ -125,12 +126,12 @@ def init_repository(make: Callable[[], None], args: TrainingArguments) -> None:
 def push_checkpoint(checkpoint: str, repo: str, args: TrainingArguments, step: int) -> PushInProgress:
     """Upload a checkpoint in the background while training continues.
 
-    The upload reads a copy, because the checkpoint may be rotated away meanwhile. There are up to two commits: one with the
-    model and, if `args.hub_strategy` asks for it, one with everything that resuming needs.
+    The upload reads the files under a second name, because the checkpoint may be rotated away meanwhile. There are up to two
+    commits: one with the model and, if `args.hub_strategy` asks for it, one with everything that resuming needs.
     """
     copy = Path(str(args.output_dir), COPY)
     shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(checkpoint, copy, symlinks=True)
+    link_tree(Path(checkpoint), copy)
     message = f"Training in progress, step {step}"
     api = HfApi(token=args.hub_token)
 

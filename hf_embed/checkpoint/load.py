@@ -4,6 +4,7 @@ import copy
 import logging
 import os
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from hf_embed.errors import InputError, first_line, listed
 from hf_embed.forward_check import influences
 from hf_embed.hub_access import WHAT_TO_GIVE, find_model
 from hf_embed.progress import quiet_libraries
-from hf_embed.read_files import tensor_dtypes
+from hf_embed.read_files import tensor_dtypes, trouble_with
 from hf_embed.text_models import check_max_length, is_remote, loading_class
 
 # The data types that weights may have without quantization. transformers would read int8 numbers as if they were floats.
@@ -294,6 +295,8 @@ def unreachable(name: str, error: BaseException, what: str = "cannot be loaded")
             f"model '{name}' needs its own Python code, which runs only if you allow it; read the code, then set "
             "--trust_remote_code on the command line (in Python: trust_remote_code=True)"
         )
+    if closed := [path for path in sorted(Path(name).glob("*")) if path.is_file() and not os.access(path, os.R_OK)]:
+        return InputError(f"model '{name}' {what}: {closed[0]}: {trouble_with(closed[0])}")  # safetensors calls it missing
     reason = first_line(error).rstrip(".")
     if reason.startswith("Unrecognized model") and os.path.isdir(name) and not os.path.exists(f"{name}/config.json"):
         reason = "the folder has no config.json"

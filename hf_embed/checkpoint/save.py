@@ -11,7 +11,6 @@ import copy
 import functools
 import logging
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +31,17 @@ from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.pooling import POOLINGS
 from hf_embed.progress import quiet_libraries
-from hf_embed.safe_files import SAVING, can_be_replaced, flush, flush_one, link_tree, new_folder, remove, rename
+from hf_embed.safe_files import (
+    SAVING,
+    can_be_replaced,
+    copy_permissions,
+    flush,
+    flush_one,
+    link_tree,
+    new_folder,
+    remove,
+    rename,
+)
 from hf_embed.tempscale import applied_tempscale, apply_tempscale, remove_tempscale
 from hf_embed.tempscale.fold import folded, why_not_foldable
 from hf_embed.text_models import is_remote
@@ -148,7 +157,7 @@ def renewed(folder: Path, clear: bool = False) -> Iterator[Path]:
             if not (name.startswith(SAVING) or is_old(name) or (clear and RESULTS.fullmatch(name))):
                 link_tree(folder / name, new / name)
         if there:
-            shutil.copymode(folder, new)
+            copy_permissions(folder, new)
         yield new
 
 

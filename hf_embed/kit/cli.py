@@ -188,7 +188,7 @@ def read_flags(
     argv = name_positionals(parser, argv)
     given = given_flags(argv)
     if config is not None:
-        given += set_defaults(parser, config, f"--config {config}", given)
+        given += set_defaults(parser, with_home(config), f"--config {config}", given)
     if set(unless) & set(given):
         preset = None
     if preset is not None:
@@ -205,15 +205,15 @@ def read_flags(
 
 
 def with_home(value: Any) -> Any:
-    """Return a value, or a list of values, with the user's home folder in place of "~" in "~/PATH" and "NAME=~/PATH".
+    r"""Return a value, or a list of values, with the user's home folder in place of "~" in "~/PATH" and "NAME=~/PATH".
 
-    A shell replaces it neither in a YAML file nor in --output_dir=~/mine.
+    A shell replaces it neither in a YAML file nor in --output_dir=~/mine. Windows' shells replace it nowhere, also in "~\PATH".
     """
     if isinstance(value, list):
         return [with_home(each) for each in value]
     if not isinstance(value, str):
         return value
-    return re.sub(r"^(\w+=)?~(?=/)", lambda found: f"{found[1] or ''}{Path.home()}", value)
+    return re.sub(r"^([^=~]+=)?~(?=[/\\])", lambda found: f"{found[1] or ''}{Path.home()}", value)
 
 
 def flag_class(kind: type) -> Any:

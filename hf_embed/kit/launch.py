@@ -79,7 +79,7 @@ def forwarding() -> Iterator[None]:
 
     def forward(number: int, frame: FrameType | None) -> None:
         for child in psutil.Process().children():
-            with contextlib.suppress(psutil.Error):
+            with contextlib.suppress(psutil.Error, ValueError):  # on Windows, Ctrl-C itself reaches the child
                 child.send_signal(number)
 
     earlier = {number: signal.signal(number, forward) for number in SIGNALS}

@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import math
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -29,7 +30,7 @@ from hf_embed.ranges import SEED
 from hf_embed.ranks import writing_alone
 from hf_embed.read_files import read_json
 from hf_embed.resume import as_json, same_settings
-from hf_embed.safe_files import SAVING, clear_leftovers
+from hf_embed.safe_files import SAVING, clear_leftovers, link_tree
 from hf_embed.training_record import settings_of
 
 
@@ -136,7 +137,10 @@ def keep_best(folder: Path, runs: dict[int, dict], trust_remote_code: bool = Fal
         left_out = shutil.ignore_patterns("checkpoint-*", "runs", "README.md", f"{SAVING}*")
         with renewed(folder, clear=True) as place:
             with tempfile.TemporaryDirectory(prefix=SAVING, dir=place) as new:
-                copied = shutil.copytree(folder / f"seed-{best}", Path(new, "best"), ignore=left_out)
+                seed, copied = folder / f"seed-{best}", Path(new, "best")
+                copied.mkdir()
+                for name in set(os.listdir(seed)) - left_out(str(seed), os.listdir(seed)):
+                    link_tree(seed / name, copied / name, copy=True)
                 write_results(copied, results)
                 put_in_place(copied, place)
             with silent_libraries():
