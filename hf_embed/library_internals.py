@@ -38,8 +38,7 @@ NOT_CALLED = {
 
 
 # What transformers calls the recomputation of layers in the backward pass. It had the second name before version 5.23.
-NAMES = ("activation_checkpointing", "gradient_checkpointing")
-CHECKPOINTING = next(name for name in NAMES if hasattr(TrainingArguments, name))
+CHECKPOINTING = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, n))
 
 
 # ---- transformers: configs and models ----

@@ -92,7 +92,7 @@ def with_teacher(
     if training is not None and like is None and "target" in wanted and vectors.rows.shape[1] > width:
         raise InputError(
             f"the teacher's vectors are wider than the model's ({vectors.rows.shape[1]} and {width} numbers), so the loss of "
-            "held-out rows needs the directions of the training rows; give a train_dataset that learns its vectors"
+            "held-out rows needs the directions of the training rows; give a train_dataset that VectorDistillation trains on"
         )
     return made, found | ({"target": TeacherVectors(file, width, like)} if "target" in wanted else {})
 

@@ -207,7 +207,8 @@ def read_flags(
 def with_home(value: Any) -> Any:
     r"""Return a value, or a list of values, with the user's home folder in place of "~" in "~/PATH" and "NAME=~/PATH".
 
-    A shell replaces it neither in a YAML file nor in --output_dir=~/mine. Windows' shells replace it nowhere, also in "~\PATH".
+    A shell replaces it neither in a YAML file nor in --output_dir=~/mine. The shells of Windows never replace it, so "~\PATH"
+    is replaced too.
     """
     if isinstance(value, list):
         return [with_home(each) for each in value]
@@ -323,7 +324,7 @@ def set_defaults(parser: Parser, path: str, source: str, given: list[str]) -> li
     settings, names = read_yaml(path, source) or {}, []
     if not isinstance(settings, dict):
         raise InputError(f"{source}: the file must hold lines of the form 'flag: value'")
-    if "activation_checkpointing" in settings:
+    if "activation_checkpointing" in settings:  # as in the presets, also for an older transformers
         settings[CHECKPOINTING] = settings.pop("activation_checkpointing")
     for key, value in settings.items():
         if str(key).replace("-", "_") == FROM_HAND:
