@@ -19,7 +19,7 @@ from bench_trials import read_lines
 from plain_path import read_triplets
 
 from hf_embed import Encoder
-from hf_embed.dropout import use_fast_dropout
+from hf_embed.forward.dropout import use_fast_dropout
 from hf_embed.kit.plan import QUICKSTART
 
 SIZES = [256, 512, 1024, 2048, 4096, 8192]

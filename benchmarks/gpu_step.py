@@ -17,7 +17,7 @@ from gpu_bench import LENGTHS, Bench, Clock, Result, Tasks, judged, make_model, 
 from torch.nn import functional as F
 from transformers import TrainerCallback
 
-from hf_embed import packed_attention, packing
+from hf_embed.forward import packed_attention, packing
 from hf_embed.library_internals import efficient_attention, flash_attention
 from hf_embed.objectives import ImprovedContrastive, Objective
 

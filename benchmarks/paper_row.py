@@ -20,9 +20,9 @@ from hf_embed.checkpoint.card import read_results
 from hf_embed.checkpoint.tables import duration
 from hf_embed.errors import InputError
 from hf_embed.evaluation.sts import SEVEN_TASKS
+from hf_embed.files.read_files import read_text
+from hf_embed.files.safe_files import write_text
 from hf_embed.kit.cli import run
-from hf_embed.read_files import read_text
-from hf_embed.safe_files import write_text
 
 KINDS = ["Classification", "Clustering", "PairClassification", "Reranking", "Retrieval", "STS", "Summarization"]
 DATE = -3  # the position of the date in a row

@@ -17,15 +17,11 @@ MOST_PARAMETERS = 7
 
 # A module imports from its own tier and from those above it in this list, never from those below it.
 TIERS = [
-    ["disk", "distributed", "entry", "errors", "hub_access", "library_internals", "progress", "ranges", "ranks", "read_files",
-     "safe_files", "version"],
-    ["activations", "adapters", "chunking", "data", "dropout", "encoding", "evaluation", "exact", "fingerprint",
-     "forward_check", "objectives", "packed_attention", "packing", "pooling", "search", "tempscale", "text_models", "vectors",
-     "word_table", "work_files"],
+    ["distributed", "entry", "errors", "files", "hub_access", "library_internals", "progress", "ranges", "ranks", "version"],
+    ["adapters", "data", "encoding", "evaluation", "fingerprint", "forward", "objectives", "pooling", "search", "tempscale",
+     "text_models", "vectors"],
     ["encoder"],
-    ["arguments", "averaging", "checkpoint", "checkpoint_trainer", "guarded_trainer", "hub_trainer", "log_lines", "mining",
-     "mlm", "output", "preview", "resume", "step", "stop", "teacher", "trainer_inputs", "trainer_rows", "trainer_settings",
-     "training_record", "unused", "vector_files", "watch"],
+    ["arguments", "averaging", "checkpoint", "mining", "step", "training", "vector_files"],
     ["trainer"],
     ["kit"],
     ["recipes"],

@@ -11,14 +11,14 @@ from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 from transformers.integrations import is_tensorboard_available
 
-from hf_embed.activations import check_caching
 from hf_embed.distributed import warn_on_main_only
 from hf_embed.errors import InputError, without_secrets
+from hf_embed.files.read_files import parse_json
+from hf_embed.forward.activations import check_caching
 from hf_embed.pooling import POOLINGS, check_pooling
 from hf_embed.ranges import setting
 from hf_embed.ranks import limit_waiting
-from hf_embed.read_files import parse_json
-from hf_embed.trainer_settings import METRIC_SCHEDULES, OF_GEOMETRY, check_after, check_before, refuse_other_fields
+from hf_embed.training.settings import METRIC_SCHEDULES, OF_GEOMETRY, check_after, check_before, refuse_other_fields
 
 
 @dataclass
@@ -33,7 +33,7 @@ class ContrastiveTrainingArguments(TrainingArguments):
       evaluation set, for example nDCG@10 or accuracy.
 
     Some fields of `TrainingArguments` have no meaning here. They raise an error, or cause a warning when the trainer is built.
-    `hf_embed.trainer_settings` lists both groups.
+    `hf_embed.training.settings` lists both groups.
 
     Raises:
         InputError: if a number is out of range, a name is unknown, or a package is not installed.

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from hf_embed.checkpoint.save import renewed, save_encoder
 from hf_embed.checkpoint.tables import Results
-from hf_embed.disk import disk_errors
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
+from hf_embed.files.disk import disk_errors
 from hf_embed.fingerprint import described
-from hf_embed.training_record import on_the_hub, publishable
+from hf_embed.training.record import on_the_hub, publishable
 
 
 def average_models(

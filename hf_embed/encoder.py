@@ -17,10 +17,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_embed.activations import Activations, ChunkEncoder
 from hf_embed.adapters import base_of
-from hf_embed.chunking import default_chunk_tokens, encode_in_chunks
-from hf_embed.disk import disk_errors
 from hf_embed.encoding import (
     Options,
     Texts,
@@ -41,9 +38,12 @@ from hf_embed.encoding import (
     tokenize_texts,
 )
 from hf_embed.errors import InputError
-from hf_embed.forward_check import check_kernel, measure
-from hf_embed.packed_attention import CannotPack
-from hf_embed.packing import Numbering, Packable, Packing, place_of, precision, ways_to_pack
+from hf_embed.files.disk import disk_errors
+from hf_embed.forward.activations import Activations, ChunkEncoder
+from hf_embed.forward.check import check_kernel, measure
+from hf_embed.forward.chunking import default_chunk_tokens, encode_in_chunks
+from hf_embed.forward.packed_attention import CannotPack
+from hf_embed.forward.packing import Numbering, Packable, Packing, place_of, precision, ways_to_pack
 from hf_embed.pooling import POOLINGS, Dense, check_pooling, states_to_pool
 from hf_embed.tempscale.attention import applied_tempscale, apply_stated
 from hf_embed.text_models import attend_fully, check_max_length, is_remote, text_encoder, with_padding, without_head
@@ -76,7 +76,7 @@ class Encoder(nn.Module):
     Raises:
         InputError: if the pooling, the similarity or the default prompt is unknown; if the architecture cannot compute the
             pooling; if `max_length` exceeds the model's positions; if `truncate_dim` is not a positive integer; or if the model
-            fails the check of `hf_embed.forward_check`.
+            fails the check of `hf_embed.forward.check`.
     """
 
     backbone: PreTrainedModel  # or a PEFT model around one
@@ -122,7 +122,7 @@ class Encoder(nn.Module):
         self.max_length = check_max_length(max_length, self.positions, tokenizer)
 
     def check_forward(self) -> None:
-        """Check that training and inference compute the same function, and measure it; see `hf_embed.forward_check`."""
+        """Check that training and inference compute the same function, and measure it; see `hf_embed.forward.check`."""
         self.width, self.positions, self.packable = measure(self)
         self.checked = self._what_is_checked()
 
@@ -249,8 +249,8 @@ class Encoder(nn.Module):
         Args:
             input_ids: (S,) the tokens of all texts, one text after the other.
             lengths: the number of tokens of each text: N numbers that sum to S.
-            chunk_tokens: largest number of padded tokens in a chunk; see `hf_embed.chunking`.
-            gradient_caching: recompute each chunk in the backward pass; see `hf_embed.activations`.
+            chunk_tokens: largest number of padded tokens in a chunk; see `hf_embed.forward.chunking`.
+            gradient_caching: recompute each chunk in the backward pass; see `hf_embed.forward.activations`.
             sharded: the parameters are sharded (FSDP, ZeRO), so each layer is a collective. All ranks then make equally many
                 chunks, and the gradient of the word table is not shared by the chunks.
             trained: the module whose `embed` embeds a chunk; default: this encoder. Training passes the one with the head.

@@ -13,8 +13,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_embed.adapters import has_adapters
+from hf_embed.files.read_files import parse_json
 from hf_embed.pooling import Dense
-from hf_embed.read_files import parse_json
 from hf_embed.tempscale import applied_tempscale
 
 if TYPE_CHECKING:

@@ -57,13 +57,13 @@ from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.evaluation.rows import as_list
 from hf_embed.evaluation.tasks import Embed
+from hf_embed.files.read_files import read_array, read_json
+from hf_embed.files.safe_files import put, writing
+from hf_embed.files.work_files import already_exists, barrier, claimed, digest, make_files, work_folder
 from hf_embed.fingerprint import fingerprint
 from hf_embed.progress import progress_bar
 from hf_embed.ranges import COUNT, FINITE, Range, check_ranges, setting
-from hf_embed.read_files import read_array, read_json
-from hf_embed.safe_files import put, writing
 from hf_embed.search import exact_search
-from hf_embed.work_files import already_exists, barrier, claimed, digest, make_files, work_folder
 
 logger = logging.getLogger(__name__)
 

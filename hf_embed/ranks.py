@@ -24,8 +24,8 @@ import torch.distributed as dist
 
 from hf_embed.distributed import gather_objects, get_world_size, is_main_process, on_main
 from hf_embed.errors import InputError, RankError
+from hf_embed.files.safe_files import key_of, lock_folder, locks, release
 from hf_embed.library_internals import set_group_timeout
-from hf_embed.safe_files import key_of, lock_folder, locks, release
 
 PATIENCE = 5  # seconds that the main process has to report an error that all ranks have found
 SOON = 2  # seconds within which a launcher ends the remaining ranks after one has ended

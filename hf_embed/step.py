@@ -3,7 +3,7 @@
 Besides the encoder, there may be
 
 - a training head: SimCSE's MLP between pooling and embedding (pooling `cls_mlp_train`). Evaluation and export leave it out;
-- a masked-language-modeling head (`mlm_weight`; see `hf_embed.mlm`);
+- a masked-language-modeling head (`mlm_weight`; see `hf_embed.training.mlm`);
 - the temperature of the loss, if the objective learns it.
 
 One call of `forward` returns everything that has a gradient. So DDP reduces gradients once, and FSDP gathers weights once.
@@ -22,22 +22,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from hf_embed.activations import Activations, ChunkEncoder
 from hf_embed.adapters import check_adapters
 from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.checkpoint.save import needs_runtime
 from hf_embed.checkpoint.verify import verify_loadable
-from hf_embed.chunking import default_chunk_tokens, encode_in_chunks
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
+from hf_embed.forward.activations import Activations, ChunkEncoder
+from hf_embed.forward.chunking import default_chunk_tokens, encode_in_chunks
+from hf_embed.forward.packing import Packing, precision
 from hf_embed.library_internals import CHECKPOINTING, layers_to_wrap
-from hf_embed.mlm import check_mask_token, split_masked_lm
 from hf_embed.objectives.base import Objective
-from hf_embed.packing import Packing, precision
 from hf_embed.pooling import POOLINGS
 from hf_embed.tempscale import apply_tempscale
 from hf_embed.text_models import ends_with, with_end_of_text
-from hf_embed.unused import settle_unused
+from hf_embed.training.mlm import check_mask_token, split_masked_lm
+from hf_embed.training.unused import settle_unused
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,6 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainerCallbac
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PredictionOutput
 
-from hf_embed import trainer_inputs, trainer_rows
 from hf_embed.adapters import has_adapters, in_4_bits, without_weights
 from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.checkpoint.layout import strip_prefix
@@ -39,19 +38,21 @@ from hf_embed.encoding import embed_tokens, tokenize_texts
 from hf_embed.errors import InputError, without_secrets
 from hf_embed.evaluation.held_out import with_model
 from hf_embed.evaluation.tasks import Task, score_tasks
-from hf_embed.forward_check import check_kernel
-from hf_embed.guarded_trainer import GuardedTrainer
+from hf_embed.forward.check import check_kernel
 from hf_embed.library_internals import memory_tracker, train_batch_size
-from hf_embed.log_lines import show_lines
-from hf_embed.mlm import mask_tokens
 from hf_embed.objectives import Objective
-from hf_embed.output import check_output
-from hf_embed.preview import preview
 from hf_embed.step import TrainingStep, add_own_parameters, make_step
-from hf_embed.trainer_inputs import EvalSets, Model, TrainRows
-from hf_embed.trainer_settings import check_metric, check_settings, warn_of_ignored
-from hf_embed.training_record import note_scores, origin_of, training_results
-from hf_embed.watch import Watch
+from hf_embed.training import inputs as trainer_inputs
+from hf_embed.training import rows as trainer_rows
+from hf_embed.training.guarded_trainer import GuardedTrainer
+from hf_embed.training.inputs import EvalSets, Model, TrainRows
+from hf_embed.training.log_lines import show_lines
+from hf_embed.training.mlm import mask_tokens
+from hf_embed.training.output import check_output
+from hf_embed.training.preview import preview
+from hf_embed.training.record import note_scores, origin_of, training_results
+from hf_embed.training.settings import check_metric, check_settings, warn_of_ignored
+from hf_embed.training.watch import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ class ContrastiveTrainer(GuardedTrainer):
     `eval_NAME_ndcg@10` and further metrics for retrieval. It also logs the mean of each metric over the sets that have it, for
     example `eval_spearman`. `metric_for_best_model` can name any of these metrics. With several sources, the training log has
     `loss_NAME` for each source that was drawn. With a learned temperature, it has `temperature`. Every training log has the
-    statistics of `hf_embed.watch`, which warns of a collapse and stops the run at NaN or infinity.
+    statistics of `hf_embed.training.watch`, which warns of a collapse and stops the run at NaN or infinity.
 
     Raises:
         InputError: if something is wrong with the data or the settings. This is raised before the first step.
@@ -233,7 +234,7 @@ class ContrastiveTrainer(GuardedTrainer):
         return (loss, {"embeddings": rows}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the loss of each source, the learned temperature and the statistics of `hf_embed.watch` to a training log."""
+        """Add the loss of each source, the learned temperature and the statistics of `watch` to a training log."""
         if "loss" in logs:  # every rank runs this block, because `reduce` is a collective
             if isinstance(self.train_dataset, Mixture):
                 for source, losses in sorted(self.source_losses.items()):
@@ -252,7 +253,7 @@ class ContrastiveTrainer(GuardedTrainer):
         return [name for name in super().get_decay_parameter_names(model) if not name.endswith("log_temperature")]
 
     def preview(self) -> list[str]:
-        """Return lines that describe the training rows and show two of them as the model reads them (`hf_embed.preview`)."""
+        """Return lines that describe the training rows and show two of them as the model reads them."""
         if self.train_dataset is None:
             return []
         return preview(self.train_dataset, self.encoder, self.origin.name, self.args.same_dropout_mask, self.objectives[0])
@@ -299,7 +300,7 @@ class ContrastiveTrainer(GuardedTrainer):
     def predict(
         self, test_dataset: RowData, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
     ) -> PredictionOutput:
-        """Embed the texts of a dataset; see `hf_embed.trainer_rows.predict`. `ignore_keys` is not used here."""
+        """Embed the texts of a dataset; see `hf_embed.training.rows.predict`. `ignore_keys` is not used here."""
         with self.evaluating():
             output = trainer_rows.predict(test_dataset, self._embed, metric_key_prefix)
         self.control = self.callback_handler.on_predict(self.args, self.state, self.control, output.metrics)

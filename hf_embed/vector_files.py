@@ -30,10 +30,10 @@ from hf_embed.encoder import Encoder
 from hf_embed.encoding import text_list
 from hf_embed.entry import recipe_command
 from hf_embed.errors import InputError, errors_of
+from hf_embed.files.read_files import read_array, read_json
+from hf_embed.files.safe_files import put, write_json, writing
+from hf_embed.files.work_files import already_exists, barrier, claimed, digest, make_files, work_folder
 from hf_embed.fingerprint import fingerprint
-from hf_embed.read_files import read_array, read_json
-from hf_embed.safe_files import put, write_json, writing
-from hf_embed.work_files import already_exists, barrier, claimed, digest, make_files, work_folder
 
 SHARD = 1024  # texts per part; a stopped run loses only unfinished parts
 READ = 8192  # texts that are read at a time

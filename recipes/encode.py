@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from hf_embed import write_vectors
-from hf_embed.disk import check_output_file
+from hf_embed.files.disk import check_output_file
 from hf_embed.kit.cli import REQUIRED, parse, run, setting
 from hf_embed.kit.inference import FastEncodingArguments, load_for_encoding, process_state, read_column
 from hf_embed.ranges import COUNT, check_ranges

@@ -26,10 +26,10 @@ from pathlib import Path
 
 import torch
 
-from hf_embed.disk import check_folder
 from hf_embed.errors import InputError
 from hf_embed.evaluation.sts import seven_tasks
 from hf_embed.evaluation.tasks import score_table, score_tasks
+from hf_embed.files.disk import check_folder
 from hf_embed.kit.cli import REQUIRED, parse, run, setting
 from hf_embed.kit.eval_flags import EvalArguments, joined, read_tasks
 from hf_embed.kit.inference import FastEncodingArguments, load_for_encoding, process_state

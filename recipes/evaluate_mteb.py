@@ -15,15 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hf_embed.checkpoint.card import read_results, write_card, write_results
-from hf_embed.disk import check_folder
 from hf_embed.errors import InputError
+from hf_embed.files.disk import check_folder
+from hf_embed.files.safe_files import clear_leftovers
 from hf_embed.fingerprint import fingerprint
 from hf_embed.kit.cli import REQUIRED, parse, run, setting
 from hf_embed.kit.inference import FastEncodingArguments, load_for_encoding
 from hf_embed.kit.mteb_runs import find_tasks, lines, run_mteb
 from hf_embed.kit.report import check_results
 from hf_embed.ranges import COUNT, check_ranges
-from hf_embed.safe_files import clear_leftovers
 
 
 @dataclass

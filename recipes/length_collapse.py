@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hf_embed.data.sources import read_texts
-from hf_embed.disk import check_folder
 from hf_embed.errors import masked
+from hf_embed.files.disk import check_folder
+from hf_embed.files.safe_files import clear_leftovers, write_json
 from hf_embed.kit.cli import parse, run, setting
 from hf_embed.kit.docstrings import read_pages
 from hf_embed.kit.inference import MODEL_HELP, EncodingArguments, load_for_encoding
 from hf_embed.kit.length_collapse import LENGTHS, length_report, plot_collapse, report_lines
 from hf_embed.kit.plan import QUICKSTART
 from hf_embed.ranges import COUNT, Range, check_ranges
-from hf_embed.safe_files import clear_leftovers, write_json
 from hf_embed.tempscale import TempScaleConfig, tempscale
 
 

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from hf_embed.data.columns import named_columns
 from hf_embed.data.labeled import read_pairs as positive_pairs
 from hf_embed.data.sources import leave_out, read_file, read_texts
-from hf_embed.disk import check_output_file
 from hf_embed.errors import InputError
 from hf_embed.evaluation.retrieval import judged_pairs, read_retrieval
+from hf_embed.files.disk import check_output_file
 from hf_embed.fingerprint import fingerprint
 from hf_embed.kit.cli import REQUIRED, parse, run, setting
 from hf_embed.kit.inference import FastEncodingArguments, load_for_encoding, process_state

@@ -16,11 +16,11 @@ import hf_embed  # noqa: F401 (imported first: it prints that loading takes a wh
 import shutil
 from pathlib import Path
 
+from hf_embed.files.work_files import claimed
 from hf_embed.kit import distill, masked_lm
 from hf_embed.kit.cli import parse, run
 from hf_embed.kit.inference import process_state
 from hf_embed.kit.pretraining import PretrainArguments, check_output, read_sentences
-from hf_embed.work_files import claimed
 
 
 def main() -> None:

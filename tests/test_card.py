@@ -17,7 +17,7 @@ from hf_embed.checkpoint.card import is_generated, model_card, title_of, with_re
 from hf_embed.checkpoint.tables import comparison_table, escaped, seeds_table
 from hf_embed.objectives import OBJECTIVES
 from hf_embed.pooling import POOLINGS, Dense
-from hf_embed.training_record import on_the_hub, publishable
+from hf_embed.training.record import on_the_hub, publishable
 
 TRAIN = {
     "model": "google-bert/bert-base-uncased", "base_model": "google-bert/bert-base-uncased",

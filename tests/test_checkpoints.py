@@ -23,7 +23,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_embed import InputError
 from hf_embed.checkpoint import whole
-from hf_embed.training_record import last_scores
+from hf_embed.training.record import last_scores
 
 WRITES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.link"}
 

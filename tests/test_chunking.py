@@ -9,8 +9,8 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_embed import Encoder
-from hf_embed.activations import Activations
-from hf_embed.chunking import MAX_PADDING, pad_chunk, plan_chunks, split_chunks
+from hf_embed.forward.activations import Activations
+from hf_embed.forward.chunking import MAX_PADDING, pad_chunk, plan_chunks, split_chunks
 
 # ---- splitting texts into chunks ----
 
@@ -298,7 +298,7 @@ def test_the_limit_is_set_once_after_the_first_update(monkeypatch):
 
 def step_as_needed(name, monkeypatch, limit):
     """Return the gradient of a step with dropout, and how often the model ran in the forward and in the backward pass."""
-    monkeypatch.setattr("hf_embed.activations.allocated", lambda device: 0)
+    monkeypatch.setattr("hf_embed.forward.activations.allocated", lambda device: 0)
     encoder, runs = make_encoder(name), []
     encoder.backbone.register_forward_hook(lambda *_: runs.append(1))
     activations = Activations(limit)
@@ -331,7 +331,7 @@ def test_measured_activations_are_those_that_stay():
         encoder = make_encoder("bert").train()
         activations = Activations(limit)
         with LivePeak() as live, pytest.MonkeyPatch.context() as patch:
-            patch.setattr("hf_embed.activations.allocated", lambda device, live=live: live.now)
+            patch.setattr("hf_embed.forward.activations.allocated", lambda device, live=live: live.now)
             for _ in range(2):  # the second pass knows the bytes for each token
                 embeddings = chunked(encoder, 100, activations)
                 before = live.now
@@ -343,7 +343,7 @@ def test_measured_activations_are_those_that_stay():
 
 
 def test_as_needed_evaluates_without_gradients(monkeypatch):
-    monkeypatch.setattr("hf_embed.activations.allocated", None)  # nothing is measured
+    monkeypatch.setattr("hf_embed.forward.activations.allocated", None)  # nothing is measured
     encoder = make_encoder("bert").eval()
     with torch.no_grad():
         assert_close(chunked(encoder, 100, Activations(1e9)), chunked(encoder, 100))
@@ -363,7 +363,7 @@ def test_a_text_encoded_twice_changes_no_gradient(monkeypatch):
     ids, lengths = torch.arange(5, 17), [5, 4, 3]
     gradients = []
     for others in (1, 6):
-        monkeypatch.setattr("hf_embed.chunking.largest", lambda own, others=others: max(own, others))
+        monkeypatch.setattr("hf_embed.forward.chunking.largest", lambda own, others=others: max(own, others))
         encoder.zero_grad()
         embeddings = encoder(ids, lengths, chunk_tokens=100, sharded=True)["embeddings"]
         (embeddings**3).sum().backward()

@@ -16,7 +16,6 @@ import torch
 from conftest import error_of, tokenize_rows
 from datasets import Dataset
 
-from hf_embed.chunking import move_back, move_tokens, plan_chunks
 from hf_embed.data import tokenization
 from hf_embed.data.collator import RaggedCollator
 from hf_embed.data.columns import ACCEPTED, text_columns
@@ -24,7 +23,8 @@ from hf_embed.data.sampling import GlobalBatchSampler, SourceBatchSampler
 from hf_embed.data.source_files import read_sources
 from hf_embed.data.sources import read_file, row_texts
 from hf_embed.data.tokenization import text_id, truncated_share, warn_of_truncation
-from hf_embed.packing import groups_to_pool
+from hf_embed.forward.chunking import move_back, move_tokens, plan_chunks
+from hf_embed.forward.packing import groups_to_pool
 
 
 @pytest.fixture(autouse=True)

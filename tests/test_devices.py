@@ -16,11 +16,11 @@ from torch.overrides import TorchFunctionMode
 from transformers import TrainingArguments
 
 from hf_embed import ContrastiveTrainingArguments, Encoder, SimCSE
-from hf_embed.activations import ChunkEncoder
 from hf_embed.errors import InputError
-from hf_embed.mlm import mask_tokens
+from hf_embed.forward.activations import ChunkEncoder
+from hf_embed.forward.packing import copy_to, precision
 from hf_embed.objectives import CoSENT, ImprovedContrastive, MarginMSE, Matryoshka, TeacherKL, VectorDistillation
-from hf_embed.packing import copy_to, precision
+from hf_embed.training.mlm import mask_tokens
 
 
 class OnApple(torch.Tensor):

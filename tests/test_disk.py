@@ -28,11 +28,12 @@ from test_recipes import ROOT, flags, load_recipe, make_files, sup
 from test_safe_files import killed_at
 from torch.utils.data import DataLoader
 
-from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, InputError, disk
+from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, InputError
 from hf_embed.data import cache
 from hf_embed.data.sources import read_file, unformatted
-from hf_embed.disk import DiskError, check_folder, check_output_file, disk_errors, lack_of_room
-from hf_embed.safe_files import is_sealed, seal_of, write_text, writing
+from hf_embed.files import disk
+from hf_embed.files.disk import DiskError, check_folder, check_output_file, disk_errors, lack_of_room
+from hf_embed.files.safe_files import is_sealed, seal_of, write_text, writing
 
 matplotlib.use("Agg")
 

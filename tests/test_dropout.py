@@ -10,7 +10,7 @@ from test_trainer import trainer
 from torch import nn
 from transformers import TrainerCallback
 
-from hf_embed.dropout import FastDropout, dropout, use_fast_dropout, use_plain_dropout
+from hf_embed.forward.dropout import FastDropout, dropout, use_fast_dropout, use_plain_dropout
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from hf_embed import Encoder
-from hf_embed.exact import in_float32
-from hf_embed.packing import after_padding, from_zero
+from hf_embed.forward.exact import in_float32
+from hf_embed.forward.packing import after_padding, from_zero
 
 SIZES = SMALL | {"hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 66, "pad_token_id": 0}
 LITTLE = SMALL | {"max_position_embeddings": 514, "pad_token_id": 0}
@@ -52,7 +52,7 @@ def test_the_numbering_of_positions_is_found_in_half_precision(dtype):
 
 
 def test_without_memory_the_nearest_numbering_is_taken(monkeypatch):
-    monkeypatch.setattr("hf_embed.exact.free_memory", lambda device: 0)
+    monkeypatch.setattr("hf_embed.forward.exact.free_memory", lambda device: 0)
     assert Encoder(with_small_positions().bfloat16(), small_tokenizer()).numbering is after_padding
     assert Encoder(tiny_model().bfloat16(), small_tokenizer()).numbering is from_zero
 
@@ -77,9 +77,9 @@ def test_a_model_whose_texts_depend_on_each_other_is_refused_in_half_precision(m
 )
 def test_no_position_is_read_that_does_not_exist(pad_id, tried, monkeypatch):
     """On a GPU, a lookup beyond the 66 positions of this model ends the process. The texts have 16 tokens at most."""
-    monkeypatch.setattr("hf_embed.exact.free_memory", lambda device: 0)
+    monkeypatch.setattr("hf_embed.forward.exact.free_memory", lambda device: 0)
     rounding = torch.tensor([0.01])  # so that both ways to number the tokens are tried
-    monkeypatch.setattr("hf_embed.forward_check.distances", lambda vectors, reference: rounding)
+    monkeypatch.setattr("hf_embed.forward.check.distances", lambda vectors, reference: rounding)
     tokenizer, seen, forward = small_tokenizer(), [], Encoder.forward
     tokenizer.pad_token_id = pad_id
 

@@ -59,7 +59,7 @@ from transformers import (
 )
 
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, apply_tempscale
-from hf_embed.forward_check import differ, measure, stated_positions
+from hf_embed.forward.check import differ, measure, stated_positions
 
 SMALL = {"vocab_size": 12000, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
          "pad_token_id": 0, "max_position_embeddings": 66}  # fmt: skip
@@ -168,7 +168,7 @@ def test_the_check_sees_a_single_leak():
 @pytest.mark.parametrize(("lay_out", "architecture"), [("pad_chunk", "qwen3"), ("pack", "bert")])
 def test_the_check_sees_training_that_differs(lay_out, architecture, monkeypatch):
     """Negative control: the check finds tokens that training puts in the wrong place."""
-    from hf_embed import chunking
+    from hf_embed.forward import chunking
 
     right = getattr(chunking, lay_out)
 

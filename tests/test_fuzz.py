@@ -48,6 +48,7 @@ from hf_embed.evaluation.retrieval import Retrieval, pairs_to_retrieval, read_re
 from hf_embed.evaluation.sts import STS, check_sts, read_sts
 from hf_embed.evaluation.triplets import Triplets, read_triplets
 from hf_embed.evaluation.zero_shot import ZeroShot, read_zero_shot
+from hf_embed.files.read_files import read_array, read_tensors
 from hf_embed.kit import plan
 from hf_embed.kit.ablation import AblationArguments, read_variants
 from hf_embed.kit.calibrate import halves
@@ -57,7 +58,6 @@ from hf_embed.kit.plan import PositiveArguments
 from hf_embed.kit.positives import read_synonyms
 from hf_embed.mining import MiningArguments
 from hf_embed.objectives import ImprovedContrastive, Matryoshka, SimCSE
-from hf_embed.read_files import read_array, read_tensors
 from hf_embed.tempscale import TempScaleConfig
 from hf_embed.vector_files import read_vectors, write_vectors
 

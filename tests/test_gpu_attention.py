@@ -10,14 +10,15 @@ from torch.testing import assert_close
 from transformers import AttentionInterface, AttentionMaskInterface, Trainer
 from transformers.masking_utils import sdpa_mask
 
-from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, SimCSE, packed_attention
-from hf_embed.chunking import default_chunk_tokens
+from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, SimCSE
 from hf_embed.errors import InputError
+from hf_embed.forward import packed_attention
+from hf_embed.forward.chunking import default_chunk_tokens
+from hf_embed.forward.packed_attention import FLASH_TOKENS, PADDED, CannotPack, attend_by_text, attend_on_gpu, gpu_kernel
+from hf_embed.forward.packing import from_zero
 from hf_embed.kit.inference import EncodingArguments, load_for_encoding, process_state
 from hf_embed.library_internals import attention_backend
 from hf_embed.mining import searcher
-from hf_embed.packed_attention import FLASH_TOKENS, PADDED, CannotPack, attend_by_text, attend_on_gpu, gpu_kernel
-from hf_embed.packing import from_zero
 
 SHORT, LONG = [5, 3, 9], [70, 65, 66]  # lengths of texts, below and above `FLASH_TOKENS`
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -221,7 +222,7 @@ def test_a_model_that_moves_without_a_check_is_packed(attention, device, packed,
     BUG: its texts were then padded in the whole training.
     """
     encoder = Encoder(tiny_model(), small_tokenizer())
-    monkeypatch.setattr("hf_embed.packing.place_of", lambda model: (attention, device))
+    monkeypatch.setattr("hf_embed.forward.packing.place_of", lambda model: (attention, device))
     assert encoder.numbering is (from_zero if packed else None)
 
 

@@ -119,12 +119,12 @@ def test_activations_as_needed(gpu, monkeypatch, tmp_path):
     class OnGPU(gpu.Bench):
         cuda = True
 
-    for module in ("arguments", "guarded_trainer"):
+    for module in ("arguments", "training.guarded_trainer"):
         monkeypatch.setattr(f"hf_embed.{module}.check_caching", lambda caching, device: None)
-    monkeypatch.setattr("hf_embed.activations.unused", lambda device: 2**30)
-    monkeypatch.setattr("hf_embed.activations.forget_peak", lambda device: None)
+    monkeypatch.setattr("hf_embed.forward.activations.unused", lambda device: 2**30)
+    monkeypatch.setattr("hf_embed.forward.activations.forget_peak", lambda device: None)
     size = iter(range(0, 10**9, 1000))
-    monkeypatch.setattr("hf_embed.activations.allocated", lambda device: next(size))
+    monkeypatch.setattr("hf_embed.forward.activations.allocated", lambda device: next(size))
     bench = OnGPU("cpu", gpu.gpu_bench.TINY, tmp_path, 0)
     (result,) = gpu.as_needed_check(bench)
     assert (result.status, result.figures["different"]) == ("PASS", 0)
@@ -134,7 +134,7 @@ def test_activations_as_needed(gpu, monkeypatch, tmp_path):
         torch.rand(1)
         return next(size)
 
-    monkeypatch.setattr("hf_embed.activations.allocated", spoiled)
+    monkeypatch.setattr("hf_embed.forward.activations.allocated", spoiled)
     (result,) = gpu.as_needed_check(bench)
     assert result.status == "FAIL" and result.figures["different"] > 0
 

@@ -21,7 +21,7 @@ from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, 
 from hf_embed.kit import cli
 from hf_embed.kit.finetune import EarlyStopping
 from hf_embed.kit.plan import DataArguments, read_held_out, read_train_rows
-from hf_embed.preview import preview
+from hf_embed.training.preview import preview
 
 EACH_STEP = ["--eval_strategy", "steps", "--eval_steps", 1, "--save_strategy", "steps", "--save_steps", 1,
              "--load_best_model_at_end"]  # fmt: skip

@@ -20,9 +20,10 @@ from test_trainer import ROWS, trainer
 from transformers import AutoModel, PrinterCallback, ProgressCallback, TrainerCallback, TrainerState
 from worker import STS
 
-from hf_embed import ContrastiveTrainingArguments, PairClassification, Retrieval, log_lines
-from hf_embed.log_lines import LogLines, Printer, Progress, digits, summary
+from hf_embed import ContrastiveTrainingArguments, PairClassification, Retrieval
 from hf_embed.progress import bars_shown, duration, hidden_bars, progress_bar, quiet_libraries
+from hf_embed.training import log_lines
+from hf_embed.training.log_lines import LogLines, Printer, Progress, digits, summary
 
 SETS = {"stsb": Dataset.from_list(STS), "sick": Dataset.from_list(STS[::-1])}
 ROOT = Path(__file__).parent.parent

@@ -15,9 +15,9 @@ from test_trainer import NO_DROPOUT, trainer
 from transformers import BertForMaskedLM, PreTrainedModel
 
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, SimCSE
-from hf_embed.activations import Activations
 from hf_embed.checkpoint import verify
 from hf_embed.errors import RankError
+from hf_embed.forward.activations import Activations
 from hf_embed.kit.cli import parse
 from hf_embed.library_internals import CHECKPOINTING
 
@@ -83,14 +83,14 @@ def test_the_step_begins_again_with_the_same_gradient(calm, tmp_path, caplog, at
 
 
 def test_control_without_beginning_again_the_gradient_is_another_one(calm, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_embed.guarded_trainer.StepMemory.restore", lambda self, model: None)
+    monkeypatch.setattr("hf_embed.training.guarded_trainer.StepMemory.restore", lambda self, model: None)
     _, weights, _ = run(tmp_path, Full([4], backward=True))
     assert difference(weights, calm[1]) > 1e-6
 
 
 def test_random_numbers_are_drawn_again(tmp_path, monkeypatch):
     """If the chunks stay the same, dropout draws the same numbers in the repeated step."""
-    monkeypatch.setattr("hf_embed.guarded_trainer.GuardedTrainer._use_less_memory", lambda self, error: None)
+    monkeypatch.setattr("hf_embed.training.guarded_trainer.GuardedTrainer._use_less_memory", lambda self, error: None)
     calm, full = (run(tmp_path / str(at), Full(at, backward=True), dropout=True)[1] for at in ([], [4]))
     assert difference(calm, full) == 0
 
@@ -124,10 +124,10 @@ def test_several_processes_are_refused_in_one_line(tmp_path, monkeypatch):
 @pytest.fixture
 def like_a_gpu(monkeypatch):
     """Let the CPU count as a GPU whose tensors take 100 bytes for each token of a kept chunk, with 6,000 unused bytes."""
-    for module in ("arguments", "guarded_trainer"):
+    for module in ("arguments", "training.guarded_trainer"):
         monkeypatch.setattr(f"hf_embed.{module}.check_caching", lambda caching, device: None)
-    monkeypatch.setattr("hf_embed.activations.unused", lambda device: 6000)
-    monkeypatch.setattr("hf_embed.activations.forget_peak", lambda device: None)
+    monkeypatch.setattr("hf_embed.forward.activations.unused", lambda device: 6000)
+    monkeypatch.setattr("hf_embed.forward.activations.forget_peak", lambda device: None)
     monkeypatch.setattr(Activations, "keep", keep_100_bytes)
 
 

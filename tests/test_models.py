@@ -28,7 +28,7 @@ from worker import NO_DROPOUT, WORDS
 
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, ImprovedContrastive, SimCSE
 from hf_embed.step import make_step
-from hf_embed.unused import settle_unused
+from hf_embed.training.unused import settle_unused
 
 ROWS = [{"anchor": f"the {a}", "positive": f"a {a} by the {b}"} for a, b in zip(WORDS, WORDS[1:] + WORDS[:1])]
 TEXTS = ["the cat", "rain on the river", "a house where nobody has lived for years"]

@@ -18,9 +18,10 @@ from conftest import error_of
 from test_recipes import QUIET, ROOT, SUP, flags, load_recipe, make_files, recipe, sup
 from transformers import TrainerCallback
 
-from hf_embed import Encoder, InputError, safe_files
+from hf_embed import Encoder, InputError
 from hf_embed.checkpoint import save
 from hf_embed.checkpoint.save import renewed
+from hf_embed.files import safe_files
 from hf_embed.kit.overwrite import EarlierRun, earlier_files, working_folder
 from hf_embed.kit.report import load_saved
 from hf_embed.trainer import ContrastiveTrainer
@@ -71,7 +72,7 @@ FAILURES = {
 
 @pytest.mark.parametrize(
     ("failure", "target"),
-    [("model", "hf_embed.trainer_inputs.load_encoder"), ("evaluation", "hf_embed.trainer.score_tasks"),
+    [("model", "hf_embed.training.inputs.load_encoder"), ("evaluation", "hf_embed.trainer.score_tasks"),
      ("first forward", "hf_embed.encoder.Encoder.forward"), ("first optimizer step", "torch.optim.AdamW.step")],
 )  # fmt: skip
 def test_nothing_is_lost_by_a_run_that_fails(old, monkeypatch, failure, target):

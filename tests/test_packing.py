@@ -20,11 +20,12 @@ from transformers import (
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from hf_embed import Encoder, TempScaleConfig, apply_tempscale, packed_attention
-from hf_embed.chunking import plan_chunks
-from hf_embed.dropout import dropout, use_fast_dropout
-from hf_embed.packed_attention import PADDED, SHORT, ByHead, attend_by_text
-from hf_embed.packing import Packing, after_padding, from_zero, pack
+from hf_embed import Encoder, TempScaleConfig, apply_tempscale
+from hf_embed.forward import packed_attention
+from hf_embed.forward.chunking import plan_chunks
+from hf_embed.forward.dropout import dropout, use_fast_dropout
+from hf_embed.forward.packed_attention import PADDED, SHORT, ByHead, attend_by_text
+from hf_embed.forward.packing import Packing, after_padding, from_zero, pack
 from hf_embed.pooling import POOLINGS
 
 LENGTHS = [3, 17, 9, 5, 40, 2, 9, 9, 30, 6, 1, 25]
@@ -349,7 +350,7 @@ def test_a_row_is_rounded_up():
 @pytest.mark.parametrize("name", PACKED)
 def test_a_rounded_row_changes_nothing(name, monkeypatch):
     """The vectors and gradients of 312 tokens in a row of 320 are those of padded texts, here in float64."""
-    monkeypatch.setattr("hf_embed.packing.row_size", lambda tokens, device: tokens + -tokens % 16)
+    monkeypatch.setattr("hf_embed.forward.packing.row_size", lambda tokens, device: tokens + -tokens % 16)
     encoder = encoder_of(name).eval()
     sizes, ids = [], encoder.base.get_input_embeddings()
     ids.register_forward_hook(lambda table, args, output: sizes.append(args[0].shape))
@@ -434,7 +435,7 @@ def attended(lengths, seed=0, width=4, **given):
 def test_the_own_backward_pass_equals_that_of_the_function_of_pytorch(lengths, width, monkeypatch):
     """Values may be wider than queries. The control: with another scale, all gradients differ."""
     found, other = attended(lengths, width=width, scaling=0.3), attended(lengths, width=width, scaling=0.2)
-    monkeypatch.setattr("hf_embed.packed_attention.SHORT", 0)
+    monkeypatch.setattr("hf_embed.forward.packed_attention.SHORT", 0)
     expected = attended(lengths, width=width, scaling=0.3)
     for one, another, right in zip(found, other, expected, strict=True):
         assert_close(one, right, rtol=1e-9, atol=1e-12)
@@ -540,8 +541,8 @@ def flash(monkeypatch):
     """Let models with "flash_attention_2" run on the CPU."""
     right = AttentionInterface()["flash_attention_2"]
     AttentionInterface.register("flash_attention_2", flash_on_the_cpu)
-    monkeypatch.setattr("hf_embed.packing.PACKED_ATTENTION", [("flash_attention_2", "cpu")])
-    monkeypatch.setattr("hf_embed.forward_check.lacks_kernel", lambda backbone, device: False)
+    monkeypatch.setattr("hf_embed.forward.packing.PACKED_ATTENTION", [("flash_attention_2", "cpu")])
+    monkeypatch.setattr("hf_embed.forward.check.lacks_kernel", lambda backbone, device: False)
     yield
     AttentionInterface.register("flash_attention_2", right)
 

@@ -16,7 +16,7 @@ from worker import STS, WORDS
 
 from hf_embed.checkpoint.card import write_results
 from hf_embed.evaluation.sts import SEVEN_TASKS
-from hf_embed.read_files import read_json
+from hf_embed.files.read_files import read_json
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "paper_runs.md"

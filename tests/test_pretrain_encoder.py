@@ -18,12 +18,12 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, BertForMaskedLM
 from worker import WORDS
 
 from hf_embed import Encoder
-from hf_embed.disk import DiskError
+from hf_embed.files.disk import DiskError
 from hf_embed.kit import masked_lm, pretraining
 from hf_embed.kit.distill import two_stages
 from hf_embed.kit.plan import LANGUAGE_MODEL, QUICKSTART
 from hf_embed.kit.pretraining import PretrainArguments
-from hf_embed.mlm import mask_tokens
+from hf_embed.training.mlm import mask_tokens
 
 SMALL = ["--vocab_size", 500, "--hidden_size", 24, "--num_layers", 1, "--num_heads", 2, "--max_length", 64,
          "--sentence_tokens", 600, "--long_tokens", 300, "--batch_tokens", 256]  # fmt: skip

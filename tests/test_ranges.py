@@ -36,7 +36,7 @@ from hf_embed.kit.plan import ModelArguments, RunArguments
 from hf_embed.kit.seeds import read_seeds
 from hf_embed.mining import MiningArguments
 from hf_embed.ranges import COUNT, Range, check_ranges
-from hf_embed.trainer_settings import RANGES
+from hf_embed.training.settings import RANGES
 
 NAN, INF = math.nan, math.inf
 

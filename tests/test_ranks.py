@@ -17,8 +17,8 @@ from worker_stop import make_trainer
 
 from hf_embed import ContrastiveTrainingArguments, InputError, distributed, ranks
 from hf_embed.errors import RankError
-from hf_embed.safe_files import locks
-from hf_embed.work_files import claimed
+from hf_embed.files.safe_files import locks
+from hf_embed.files.work_files import claimed
 
 HERE = Path(__file__).parent
 PLACES = ["reading", "construction", "step", "evaluation", "saving"]
@@ -146,7 +146,7 @@ def test_only_errors_about_other_ranks_become_one_line(error, kind, count, monke
 HOLD = """
 import sys, time
 from pathlib import Path
-from hf_embed.safe_files import lock_folder
+from hf_embed.files.safe_files import lock_folder
 Path(sys.argv[1]).mkdir()
 lock_folder(Path(sys.argv[1]))
 print("here", flush=True)

@@ -18,7 +18,7 @@ from safetensors.torch import save, save_file
 from hf_embed.checkpoint.model_files import read_weights
 from hf_embed.data.sources import read_file
 from hf_embed.data.yaml_files import read_yaml
-from hf_embed.read_files import read_array, read_json, read_tensors, read_text, tensor_dtypes
+from hf_embed.files.read_files import read_array, read_json, read_tensors, read_text, tensor_dtypes
 
 ROOT = Path(__file__).parent.parent
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
@@ -26,19 +26,19 @@ TENSORS = save({"weight": torch.eye(3)})
 EVERY = [read_text, read_json, read_tensors, tensor_dtypes, read_array, read_file, lambda path: read_yaml(path, path)]
 # Modules that read or parse without the readers of `read_files`: the call and, where it is not obvious, the reason.
 OTHERS = {
-    "read_files": "the readers themselves",
+    "files.read_files": "the readers themselves",
     "data.text_files": "open: rows of any size, a line at a time",
     "data.yaml_files": "YAML, from the text of read_text",
     "kit.ablation": "json.loads: what json.dumps has made a moment before",
-    "resume": "the same",
+    "training.resume": "the same",
     "kit.pretraining": "torch.load, of weights and numbers alone",
     "kit.row_hashes": "json.loads: cells that are JSON",
     "kit.mteb_runs": "read_text: what cannot be read is measured anew",
     "kit.command": "read_text: the recipes' own code",
     "mining": "open: the rows that were written a moment before",
     "vector_files": "np.load, read_text: what cannot be read is made anew",
-    "work_files": "read_bytes: they are only compared, and what differs is refused",
-    "safe_files": "open, for writing",
+    "files.work_files": "read_bytes: they are only compared, and what differs is refused",
+    "files.safe_files": "open, for writing",
     "kit.cli": "open: the null device, for writing",
     "kit.distill": "json.loads: a tokenizer in memory",
 }
@@ -200,5 +200,5 @@ def test_nobody_else_reads_files():
         calls = [node.func for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
         if any(READS.fullmatch(ast.unparse(call)) for call in calls):
             found.add(name)
-    assert sorted(found - set(OTHERS)) == [], "read these files by hf_embed.read_files"
+    assert sorted(found - set(OTHERS)) == [], "read these files by hf_embed.files.read_files"
     assert sorted(set(OTHERS) - found) == []  # every entry of OTHERS is still needed

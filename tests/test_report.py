@@ -8,8 +8,8 @@ from hf_embed import ContrastiveTrainingArguments, Matryoshka, SimCSE
 from hf_embed.kit.plan import ModelArguments, Plan, PositiveArguments, RunArguments
 from hf_embed.kit.report import changed
 from hf_embed.library_internals import CHECKPOINTING
-from hf_embed.trainer_settings import IGNORED, REFUSED
-from hf_embed.training_record import RESULT_SETTINGS, settings_of
+from hf_embed.training.record import RESULT_SETTINGS, settings_of
+from hf_embed.training.settings import IGNORED, REFUSED
 
 KINDS = (ModelArguments, ContrastiveTrainingArguments, PositiveArguments)
 # Settings that do not change the result: where files go, the hardware, and what is logged, saved, evaluated and uploaded.

@@ -25,8 +25,8 @@ from hf_embed.data.tokenization import RowTokenizer
 from hf_embed.evaluation.sts import STS
 from hf_embed.library_internals import CHECKPOINTING
 from hf_embed.mining import MiningArguments, write_hard_negatives
-from hf_embed.trainer_inputs import as_tasks
-from hf_embed.trainer_rows import columns_of_texts
+from hf_embed.training.inputs import as_tasks
+from hf_embed.training.rows import columns_of_texts
 
 WORDS = ["cat", "dog", "rain", "house", "river", "bread", "table", "music", "winter", "garden"]
 PAIRS = [{"anchor": f"the {a}", "positive": f"a {a} by the {b}"} for a, b in zip(WORDS, WORDS[1:] + WORDS[:1])]

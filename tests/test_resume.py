@@ -21,8 +21,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import ExportableState
 from worker import BATCH, WORDS
 
-from hf_embed import ContrastiveTrainer, Encoder, ImprovedContrastive, SimCSE, resume
+from hf_embed import ContrastiveTrainer, Encoder, ImprovedContrastive, SimCSE
 from hf_embed.evaluation.tasks import EvaluationTask
+from hf_embed.training import resume
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "seed": 3, "per_device_train_batch_size": 3}
 

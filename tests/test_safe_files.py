@@ -17,9 +17,9 @@ import torch
 from conftest import error_of
 from safetensors.torch import save_file
 
-from hf_embed import disk, safe_files
 from hf_embed.errors import InputError
-from hf_embed.safe_files import (
+from hf_embed.files import disk, safe_files
+from hf_embed.files.safe_files import (
     can_be_replaced,
     is_sealed,
     link_tree,
@@ -251,7 +251,7 @@ def test_a_rename_waits_until_a_virus_scanner_has_closed_the_folder(tmp_path, mo
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from hf_embed.safe_files import lock_folder
+from hf_embed.files.safe_files import lock_folder
 lock_folder(Path(sys.argv[1]))
 if os.fork() == 0:  # a worker, which outlives this process
     time.sleep(5)

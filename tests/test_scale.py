@@ -24,7 +24,7 @@ from hf_embed.data.sampling import GlobalBatchSampler, SourceBatchSampler, gener
 from hf_embed.data.tokenization import different_rows
 from hf_embed.evaluation import held_out
 from hf_embed.evaluation.held_out import seen_in_training
-from hf_embed.teacher import number_texts
+from hf_embed.training.teacher import number_texts
 
 ROOT = Path(__file__).parents[1]
 ROWS = 300_000

@@ -34,7 +34,7 @@ from hf_embed.evaluation.sts import STS
 from hf_embed.evaluation.tasks import EvaluationTask, Task, metric_names, score_tasks
 from hf_embed.kit.calibrate import part_scores
 from hf_embed.kit.models import embed_with
-from hf_embed.trainer_inputs import as_tasks
+from hf_embed.training.inputs import as_tasks
 
 WORDS = ["river", "stone", "cloud", "lamp", "bread", "horse", "green", "seven", "night", "paper", "song", "wheel", "glass"]
 ROWS = Dataset.from_dict(

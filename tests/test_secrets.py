@@ -31,7 +31,7 @@ from hf_embed.evaluation.triplets import read_triplets
 from hf_embed.evaluation.zero_shot import read_zero_shot
 from hf_embed.kit import cli
 from hf_embed.kit.code_search import read_code_search
-from hf_embed.training_record import publishable
+from hf_embed.training.record import publishable
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 SECRET = "hf_s3cr3ts3cr3ts3cr3ts3cr3t"

@@ -17,10 +17,10 @@ from test_distributed import CPU_2, launch, run
 from transformers.trainer_utils import get_last_checkpoint
 from worker_stop import CASES, make_trainer, stop_and_go_on
 
-from hf_embed import stop
 from hf_embed.data import loader
 from hf_embed.kit.launch import forwarding
-from hf_embed.stop import Stopped
+from hf_embed.training import stop
+from hf_embed.training.stop import Stopped
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent

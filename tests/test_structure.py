@@ -16,8 +16,8 @@ LONG = {
     "trainer.__init__": "the arguments of transformers' Trainer, and three of ours",
     "encoder.__init__": "an encoder's settings",
     "encoder.encode": "the arguments of sentence-transformers' encode",
-    "chunking.encode_in_chunks": "a batch (four), and how it is cut (five)",
-    "packed_attention.attend_by_text": "the arguments of an attention function of transformers (eight), and the bounds",
+    "forward.chunking.encode_in_chunks": "a batch (four), and how it is cut (five)",
+    "forward.packed_attention.attend_by_text": "the arguments of an attention function of transformers (eight), and the bounds",
     "checkpoint.hub.push_folder": "the flags of recipes/push.py",
 }
 # Names of methods that write a file, on any object; and library functions that write a file.
@@ -29,7 +29,7 @@ LIBRARY_WRITERS = {
 # Modules that may call one of them outside of `with writing(path)` and `with new_folder(path)`, and the reason. These two put
 # a file or a folder in place only when it is complete.
 NOT_ASIDE = {
-    "safe_files": "what the others call",
+    "files.safe_files": "what the others call",
     "checkpoint.layout": "into the new folder of checkpoint.save",
     "checkpoint.save": "into a new folder, which takes the place of the old one",
     "checkpoint.verify": "into the new folder of checkpoint.save, for the loaders that are compared",
@@ -113,7 +113,7 @@ def test_every_file_is_written_aside(structure):
     trees = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in structure.modules().items()}
     found = {name: calls for name, tree in trees.items() if (calls := unguarded_writes(tree))}
     assert {name: calls for name, calls in found.items() if name not in NOT_ASIDE} == {}, (
-        "a file is written in its place, where a killed run leaves half of it: use hf_embed.safe_files"
+        "a file is written in its place, where a killed run leaves half of it: use hf_embed.files.safe_files"
     )
     assert sorted(set(NOT_ASIDE) - set(found)) == []  # every entry of NOT_ASIDE is still needed
     for call in ("path.write_text(a)", "open(path, 'w')", "path.open('ab')", "np.save(path, a)", "figure.savefig(path)",

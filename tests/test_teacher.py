@@ -12,7 +12,7 @@ import torch
 from conftest import error_of, small_tokenizer, tiny_encoder, tiny_model
 from datasets import Dataset, IterableDataset
 
-import hf_embed.teacher
+import hf_embed.training.teacher
 from hf_embed import (
     ContrastiveTrainer,
     ContrastiveTrainingArguments,
@@ -31,10 +31,10 @@ from hf_embed.data.scores import row_scores, score_columns
 from hf_embed.data.source_files import read_sources
 from hf_embed.data.teacher_vectors import TeacherVectors
 from hf_embed.data.tokenization import RowTokenizer, tokenize_table
-from hf_embed.resume import facts_of
-from hf_embed.teacher import OPTIONS, load_teacher, number_texts, vectors_of, with_teacher
+from hf_embed.files.work_files import work_folder
+from hf_embed.training.resume import facts_of
+from hf_embed.training.teacher import OPTIONS, load_teacher, number_texts, vectors_of, with_teacher
 from hf_embed.vector_files import identity_of
-from hf_embed.work_files import work_folder
 
 WORDS = ["cat", "dog", "rain", "house", "river", "bread", "table", "music", "winter", "garden"]
 PAIRS = [{"anchor": f"the {word}", "positive": f"a {word} there"} for word in WORDS]
@@ -449,7 +449,7 @@ def test_the_vectors_of_a_file_are_those_of_the_teacher(tmp_path, monkeypatch, c
     for row, texts in zip(batch["teacher"], expected):
         assert row.numpy() == pytest.approx(model.encode(texts, normalize=True), abs=1e-6)
 
-    monkeypatch.setattr(hf_embed.teacher, "write_vectors", None)  # it would fail
+    monkeypatch.setattr(hf_embed.training.teacher, "write_vectors", None)  # it would fail
     with caplog.at_level(logging.INFO):
         _, once_more = with_teacher(tables, [SimCSE(guide_margin=0.0)], args, 8)
     assert np.array_equal(once_more["teacher"][[0, 1]], found["teacher"][[0, 1]])
@@ -459,12 +459,13 @@ def test_two_runs_beside_each_other_share_the_vectors(tmp_path, monkeypatch):
     """A run waits while another process holds the lock of the same vectors, as when several seeds are started at once."""
     tiny_encoder(seed=5).save_pretrained(tmp_path / "model")
     teacher = load_teacher(str(tmp_path / "model"), torch.device("cpu"))
-    monkeypatch.setattr(hf_embed.teacher, "cache_folder", lambda: tmp_path)
-    monkeypatch.setattr(hf_embed.teacher, "WAIT", 0.1)
+    monkeypatch.setattr(hf_embed.training.teacher, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(hf_embed.training.teacher, "WAIT", 0.1)
     texts = ["a cat", "a dog"]
     work = work_folder(tmp_path / "teachers" / f"{identity_of(teacher, texts, OPTIONS, '')}.npy")
     hold = (
-        "import sys, time; from pathlib import Path; from hf_embed.safe_files import lock_folder; folder = Path(sys.argv[1]); "
+        "import sys, time; from pathlib import Path; from hf_embed.files.safe_files import lock_folder; "
+        "folder = Path(sys.argv[1]); "
     )
     hold += "folder.mkdir(parents=True); lock_folder(folder); print('held', flush=True); time.sleep(float(sys.argv[2]))"
     other = subprocess.Popen([sys.executable, "-c", hold, str(work), "2"], stdout=subprocess.PIPE, text=True)

@@ -20,7 +20,7 @@ from worker import STS, WORDS
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, Matryoshka, SimCSE, Source
 from hf_embed.data.python_rows import as_rows
 from hf_embed.kit.plan import QUICKSTART
-from hf_embed.resume import facts_of, same_settings
+from hf_embed.training.resume import facts_of, same_settings
 
 ROWS = [{"anchor": f"the {a}", "positive": f"a {a} by the {b}", "negative": f"no {b} here"}
         for a, b in zip(WORDS, WORDS[1:] + WORDS[:1])]  # fmt: skip

@@ -30,7 +30,7 @@ from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, SimCSE
 from hf_embed.kit.plan import ModelArguments, Plan, RunArguments, without_evaluation
 from hf_embed.kit.report import changed
 from hf_embed.library_internals import CHECKPOINTING
-from hf_embed.trainer_settings import IGNORED, REFUSED, warn_of_ignored
+from hf_embed.training.settings import IGNORED, REFUSED, warn_of_ignored
 
 ROWS = [{"anchor": f"the {a}", "positive": f"a {a} by the {b}"} for a, b in zip(WORDS, WORDS[1:] + WORDS[:1])]  # 12 rows
 SCORES = [50.0, 70.0, 60.0, 65.0, 40.0, 30.0, 20.0]

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from hf_embed import ContrastiveTrainer, InputError, SimCSE
 from hf_embed.data.mixture import Source
 from hf_embed.evaluation.geometry import alignment, uniformity
-from hf_embed.watch import batch_geometry, warning_of
+from hf_embed.training.watch import batch_geometry, warning_of
 
 
 def test_numbers_of_a_batch():
@@ -255,7 +255,7 @@ def test_without_a_skipped_step_losses_are_the_same_numbers(tmp_path):
 
 
 def test_a_loss_that_stays_no_number_ends_a_run_that_skips(tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_embed.watch.MOST_SKIPPED", 3)
+    monkeypatch.setattr("hf_embed.training.watch.MOST_SKIPPED", 3)
     run = trainer(tmp_path, objective=Spoil(), max_steps=20, logging_steps=1, nan_steps="skip")
     with pytest.raises(InputError, match="the gradients of 3 steps in a row were NaN or infinite, up to step 8"):
         run.train()

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from hf_embed import Encoder
-from hf_embed import word_table as module
-from hf_embed.activations import ChunkEncoder
+from hf_embed.forward import word_table as module
+from hf_embed.forward.activations import ChunkEncoder
 from hf_embed.step import TrainingStep
 
 IDS = torch.tensor([[3, 1, 4], [1, 5, 9]])

@@ -18,8 +18,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from transformers import BertForMaskedLM, TrainerCallback
 
 import hf_embed.data.collator
-import hf_embed.teacher
 import hf_embed.trainer
+import hf_embed.training.teacher
 from hf_embed import (
     ContrastiveTrainer,
     ContrastiveTrainingArguments,
@@ -32,7 +32,7 @@ from hf_embed import (
     VectorDistillation,
 )
 from hf_embed.distributed import gather_objects, gather_rows, get_rank, get_world_size
-from hf_embed.teacher import load_teacher, vectors_of
+from hf_embed.training.teacher import load_teacher, vectors_of
 
 WORDS = ["cat", "dog", "rain", "house", "river", "bread", "table", "music", "winter", "garden", "train", "letter"]
 ROWS = [
@@ -127,7 +127,7 @@ def train_with_scores(folder: str) -> dict[str, dict]:
 def vectors_of_a_teacher(folder: str) -> np.ndarray:
     """Let the ranks encode texts with a teacher into an empty cache, and return the vectors that this rank reads."""
     cache = Path(folder, f"cache-{get_world_size()}")
-    hf_embed.teacher.cache_folder = lambda: cache
+    hf_embed.training.teacher.cache_folder = lambda: cache
     teacher = load_teacher(os.path.join(folder, f"teacher-{get_world_size()}"), torch.device("cpu"))
     file = vectors_of(teacher, [row["positive"] for row in ROWS[:12]])
     assert len(list(cache.rglob("*.npy"))) == 1

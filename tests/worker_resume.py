@@ -17,11 +17,11 @@ from conftest import small_tokenizer, tiny_model
 from datasets import Dataset
 from worker import BATCH, NO_DROPOUT, ROWS, WORDS
 
-import hf_embed.teacher
+import hf_embed.training.teacher
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, InputError, mine_hard_negatives
 from hf_embed.checkpoint import whole
 from hf_embed.distributed import gather_objects, get_rank, get_world_size
-from hf_embed.teacher import vectors_of
+from hf_embed.training.teacher import vectors_of
 
 
 def make_trainer(
@@ -54,7 +54,7 @@ def refusal_of(function: Callable, *args, **named) -> list[str]:
 
 def main(folder: Path) -> None:
     PartialState()  # initializes the process group
-    hf_embed.teacher.cache_folder = lambda: folder / "cache"
+    hf_embed.training.teacher.cache_folder = lambda: folder / "cache"
     whole_run = make_trainer(folder / "two", save_total_limit=3)
     whole_run.train()
     resumed = make_trainer(folder / "resumed")

@@ -20,7 +20,7 @@ from worker import ROWS, STS
 
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments
 from hf_embed.distributed import gather_objects, get_rank, get_world_size
-from hf_embed.stop import Stopped
+from hf_embed.training.stop import Stopped
 
 # 24 rows in batches of 8 make three steps per epoch. A case has its settings, the event and the step of the signal, and the
 # step after which the training then ends.

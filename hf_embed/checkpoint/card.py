@@ -42,10 +42,10 @@ from hf_embed.checkpoint.tables import (
 )
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError, first_line
+from hf_embed.files.read_files import read_json, read_text
+from hf_embed.files.safe_files import SAVING, write_text
 from hf_embed.objectives import OBJECTIVES
 from hf_embed.pooling import POOLINGS, Dense, find_pooling, saved_pooling
-from hf_embed.read_files import read_json, read_text
-from hf_embed.safe_files import SAVING, write_text
 from hf_embed.tempscale import TempScaleConfig
 from hf_embed.tempscale.fold import why_not_foldable
 from hf_embed.text_models import loading_class
@@ -55,7 +55,7 @@ logger = logging.getLogger(__name__)
 TITLE = "Text embeddings"  # the title of a card that is not in a folder
 # Folders that belong to the model of the folder around them: checkpoints, runs of single seeds, and the copy that a push reads.
 PART = re.compile(r"(checkpoint|seed)-\d+|_pushing")
-# The names of folders that are not yet in place, from `hf_embed.safe_files` and from recipes that replace an earlier run.
+# The names of folders that are not yet in place, from `hf_embed.files.safe_files` and from recipes that replace an earlier run.
 UNFINISHED = re.compile(rf"{re.escape(SAVING)}(.+?)(-\d+-\d+)?|\.(.+)\.new")
 EQUATIONS = {name: kind.equation for name, kind in OBJECTIVES.items()}
 PAPERS = {name: kind.paper for name, kind in OBJECTIVES.items()} | {

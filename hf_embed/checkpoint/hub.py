@@ -34,8 +34,8 @@ from hf_embed.checkpoint.layout import TransformerModule, read_modules
 from hf_embed.checkpoint.model_files import FILES, MODULE, MODULE_FILES, ONNX, SHARD, Files, is_old
 from hf_embed.entry import recipe_command
 from hf_embed.errors import InputError, first_line, in_short
-from hf_embed.read_files import read_json, read_text
-from hf_embed.safe_files import link_tree
+from hf_embed.files.read_files import read_json, read_text
+from hf_embed.files.safe_files import link_tree
 
 logger = logging.getLogger(__name__)
 

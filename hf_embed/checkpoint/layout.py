@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 from hf_embed.checkpoint.model_files import Allowed, Files
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
+from hf_embed.files.safe_files import write_json
 from hf_embed.pooling import POOLINGS, Dense, saved_pooling
-from hf_embed.safe_files import write_json
 
 # The pooling flags of sentence-transformers, in the order of its own files. All of them are written.
 FLAGS = ["cls_token", "max_tokens", "mean_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken"]

@@ -19,10 +19,10 @@ from hf_embed.checkpoint.model_files import Files
 from hf_embed.checkpoint.settings import read_settings
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError, first_line, listed
-from hf_embed.forward_check import influences
+from hf_embed.files.read_files import tensor_dtypes, trouble_with
+from hf_embed.forward.check import influences
 from hf_embed.hub_access import WHAT_TO_GIVE, find_model
 from hf_embed.progress import quiet_libraries
-from hf_embed.read_files import tensor_dtypes, trouble_with
 from hf_embed.text_models import check_max_length, is_remote, loading_class
 
 # The data types that weights may have without quantization. transformers would read int8 numbers as if they were floats.

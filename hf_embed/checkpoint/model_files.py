@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from hf_embed.errors import InputError
+from hf_embed.files.read_files import COPY_ANEW, read_json, read_tensors
 from hf_embed.library_internals import optional_file
-from hf_embed.read_files import COPY_ANEW, read_json, read_tensors
 
 # The allowed values of a key in a config file: a type, or a list of the values that have no effect.
 Allowed = Any

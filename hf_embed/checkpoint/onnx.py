@@ -25,13 +25,13 @@ from torch import Tensor, nn
 from hf_embed.checkpoint.save import renewed, save_encoder
 from hf_embed.checkpoint.tables import Results
 from hf_embed.checkpoint.verify import TOLERANCE
-from hf_embed.disk import check_folder, disk_errors
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError, in_short
-from hf_embed.forward_check import TEXTS, TOLERANCES
+from hf_embed.files.disk import check_folder, disk_errors
+from hf_embed.files.safe_files import SAVING, put
+from hf_embed.forward.check import TEXTS, TOLERANCES
 from hf_embed.pooling import POOLINGS, states_to_pool
 from hf_embed.progress import silent_libraries
-from hf_embed.safe_files import SAVING, put
 
 FOLDER, FLOAT, INT8 = "onnx", "model.onnx", "model_quantized.onnx"
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")

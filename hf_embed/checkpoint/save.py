@@ -26,12 +26,10 @@ from hf_embed.checkpoint.load import own_config
 from hf_embed.checkpoint.model_files import OLD_WEIGHTS, RESULTS, is_old
 from hf_embed.checkpoint.tables import Results
 from hf_embed.checkpoint.verify import load_saved_tokenizer, verify_alike, verify_folder, verify_layers
-from hf_embed.disk import nearest
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
-from hf_embed.pooling import POOLINGS
-from hf_embed.progress import quiet_libraries
-from hf_embed.safe_files import (
+from hf_embed.files.disk import nearest
+from hf_embed.files.safe_files import (
     SAVING,
     can_be_replaced,
     copy_permissions,
@@ -42,6 +40,8 @@ from hf_embed.safe_files import (
     remove,
     rename,
 )
+from hf_embed.pooling import POOLINGS
+from hf_embed.progress import quiet_libraries
 from hf_embed.tempscale import applied_tempscale, apply_tempscale, remove_tempscale
 from hf_embed.tempscale.fold import folded, why_not_foldable
 from hf_embed.text_models import is_remote

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from hf_embed.adapters import has_adapters
 from hf_embed.checkpoint.model_files import read_weights
 from hf_embed.errors import InputError, in_short, listed
-from hf_embed.read_files import read_tensors
+from hf_embed.files.read_files import read_tensors
 from hf_embed.step import TrainingStep
 from hf_embed.tempscale import applied_tempscale
 from hf_embed.tempscale.fold import folded

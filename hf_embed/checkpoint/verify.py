@@ -17,7 +17,7 @@ from hf_embed.checkpoint.load import own_config
 from hf_embed.checkpoint.settings import read_settings
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
-from hf_embed.forward_check import TEXTS, undisturbed, without_flash
+from hf_embed.forward.check import TEXTS, undisturbed, without_flash
 from hf_embed.pooling import POOLINGS, pool, saved_pooling
 from hf_embed.progress import silent_libraries
 from hf_embed.text_models import loaded_classes, loading_class

@@ -2,7 +2,7 @@
 
 A checkpoint is written under a temporary name, sealed with manifest.json (`seal`), flushed to the disk and renamed to
 checkpoint-N. The manifest holds the size and hash of each file that a resumed run reads, and describes the run that the
-checkpoint belongs to (`hf_embed.resume`). A hash of its own protects the manifest.
+checkpoint belongs to (`hf_embed.training.resume`). A hash of its own protects the manifest.
 """
 
 import json
@@ -16,8 +16,8 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_embed.errors import InputError
-from hf_embed.read_files import read_json
-from hf_embed.safe_files import SAVING, hash_of, remove
+from hf_embed.files.read_files import read_json
+from hf_embed.files.safe_files import SAVING, hash_of, remove
 
 logger = logging.getLogger(__name__)
 

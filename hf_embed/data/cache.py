@@ -26,10 +26,10 @@ import xxhash
 from datasets import Dataset, is_caching_enabled
 from datasets.fingerprint import Hasher, generate_random_fingerprint
 
-from hf_embed.disk import SAVING, check_folder, disk_errors
+from hf_embed.files.disk import SAVING, check_folder, disk_errors
+from hf_embed.files.safe_files import hash_of, is_sealed, put, remove, seal, seal_of
 from hf_embed.library_internals import indices_of
 from hf_embed.progress import table_bars
-from hf_embed.safe_files import hash_of, is_sealed, put, remove, seal, seal_of
 from hf_embed.version import __version__
 
 logger = logging.getLogger(__name__)

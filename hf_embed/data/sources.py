@@ -21,10 +21,10 @@ from hf_embed.data import text_files
 from hf_embed.data.cache import cached_map, checked_load
 from hf_embed.data.columns import FEW_VALUES, column_names, text_columns
 from hf_embed.data.known_columns import plain
-from hf_embed.disk import DiskError
 from hf_embed.errors import EmptyTextError, InputError, first_line, masked, shortened
+from hf_embed.files.disk import DiskError
+from hf_embed.files.read_files import check_file, kind_of
 from hf_embed.hub_access import check_dataset
-from hf_embed.read_files import check_file, kind_of
 
 logger = logging.getLogger(__name__)
 

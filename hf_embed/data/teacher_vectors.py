@@ -1,4 +1,4 @@
-"""The vectors of a teacher model in a file, looked up by row number. `hf_embed.teacher` makes the file.
+"""The vectors of a teacher model in a file, looked up by row number. `hf_embed.training.teacher` makes the file.
 
 Shapes: M vectors of E numbers each, the width of the teacher; D numbers per embedding of the model that is trained.
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from hf_embed.distributed import gather_objects, get_rank
-from hf_embed.read_files import read_array
+from hf_embed.files.read_files import read_array
 
 logger = logging.getLogger(__name__)
 

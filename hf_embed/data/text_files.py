@@ -34,8 +34,8 @@ from datasets.arrow_writer import ArrowWriter
 from hf_embed.data.cache import check_cache, stored, versions
 from hf_embed.data.known_columns import is_negative
 from hf_embed.errors import InputError, first_line, masked, shortened
-from hf_embed.read_files import LFS_POINTER, NOT_FETCHED, is_packed, kind_of, other_kind, parse_json
-from hf_embed.safe_files import hash_of
+from hf_embed.files.read_files import LFS_POINTER, NOT_FETCHED, is_packed, kind_of, other_kind, parse_json
+from hf_embed.files.safe_files import hash_of
 
 logger = logging.getLogger(__name__)
 

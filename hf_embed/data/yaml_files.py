@@ -6,7 +6,7 @@ import yaml
 
 from hf_embed.entry import shipped
 from hf_embed.errors import InputError, first_line
-from hf_embed.read_files import read_text
+from hf_embed.files.read_files import read_text
 
 MOST_CHARACTERS = 1_000_000  # PyYAML needs minutes for a file of data that was given in place of a configuration
 

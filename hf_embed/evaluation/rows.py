@@ -10,7 +10,7 @@ from datasets import Dataset
 from hf_embed.data.known_columns import numbers_in, plain
 from hf_embed.data.sources import KINDS, cell_text, first_cells, read_file, read_hub
 from hf_embed.errors import InputError, shortened
-from hf_embed.read_files import kind_of
+from hf_embed.files.read_files import kind_of
 
 LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
 

@@ -20,8 +20,8 @@ from torch import Tensor
 from hf_embed.distributed import check_same_on_ranks, gather_objects, get_rank, get_world_size
 from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import cosines_of, unit
+from hf_embed.files.work_files import digest
 from hf_embed.progress import progress_bar
-from hf_embed.work_files import digest
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import ordered, unit
 from hf_embed.evaluation.rows import as_list, is_number, read_table
 from hf_embed.evaluation.tasks import Embed, EvaluationTask, embed_on_all_ranks, unranked
-from hf_embed.read_files import read_json
+from hf_embed.files.read_files import read_json
 
 logger = logging.getLogger(__name__)
 

@@ -19,8 +19,10 @@ from typing import Any
 import numpy as np
 from transformers import PrinterCallback, ProgressCallback
 
-from hf_embed.disk import check_folder
 from hf_embed.errors import InputError
+from hf_embed.files.disk import check_folder
+from hf_embed.files.read_files import parse_json, read_json
+from hf_embed.files.safe_files import write_text, writing
 from hf_embed.kit.cli import FROM_HAND, Flags
 from hf_embed.kit.content import content_of
 from hf_embed.kit.finetune import make_trainer
@@ -29,12 +31,10 @@ from hf_embed.kit.overwrite import EarlierRun
 from hf_embed.kit.plan import Plan
 from hf_embed.kit.preflight import preflight_plan
 from hf_embed.kit.seeds import read_seeds
-from hf_embed.log_lines import Progress
 from hf_embed.ranges import setting
 from hf_embed.ranks import writing_alone
-from hf_embed.read_files import parse_json, read_json
-from hf_embed.safe_files import write_text, writing
-from hf_embed.training_record import number
+from hf_embed.training.log_lines import Progress
+from hf_embed.training.record import number
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "dropout": {},

@@ -25,15 +25,15 @@ from torch import nn
 from hf_embed.checkpoint.card import read_results, write_card, write_results
 from hf_embed.checkpoint.save import renewed
 from hf_embed.checkpoint.tables import swept_columns
-from hf_embed.disk import check_folder
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import ordered
 from hf_embed.evaluation.retrieval import Retrieval, pairs_to_retrieval
 from hf_embed.evaluation.sts import STS, spearman
 from hf_embed.evaluation.tasks import NO_ORDER, Embed, Task
+from hf_embed.files.disk import check_folder
+from hf_embed.files.safe_files import writing
 from hf_embed.progress import progress_bar
-from hf_embed.safe_files import writing
 from hf_embed.tempscale import TempScaleConfig, fold_tempscale, tempscale
 from hf_embed.tempscale.fold import folded
 

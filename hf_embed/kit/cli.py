@@ -24,17 +24,17 @@ import torch.distributed as dist
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
-from hf_embed.activations import caching_mode
 from hf_embed.data.yaml_files import read_yaml
-from hf_embed.disk import disk_errors
 from hf_embed.distributed import warn_on_main_only
 from hf_embed.entry import CONSOLE, CPU_CONFIG, recipes_folder, show_error
 from hf_embed.errors import InputError, RankError, masked
+from hf_embed.files.disk import disk_errors
+from hf_embed.forward.activations import caching_mode
 from hf_embed.kit.help import help_text, sections, usage
 from hf_embed.library_internals import CHECKPOINTING, parser_actions, values_of_words
 from hf_embed.ranges import REQUIRED, setting  # noqa: F401 (recipes import both from here)
 from hf_embed.ranks import PATIENCE, peers_in_one_line
-from hf_embed.stop import Stopped
+from hf_embed.training.stop import Stopped
 
 logger = logging.getLogger(__name__)
 

@@ -11,17 +11,17 @@ from datasets import Dataset
 
 from hf_embed.data.columns import column_names, has_times
 from hf_embed.data.mixture import Source
+from hf_embed.files.safe_files import hash_of
 from hf_embed.kit.plan import Plan
 from hf_embed.kit.positives import parse_positive
-from hf_embed.resume import hashed_rows, name_of, objective_facts
-from hf_embed.safe_files import hash_of
+from hf_embed.training.resume import hashed_rows, name_of, objective_facts
 
 
 def content_of(plan: Plan) -> dict[str, str]:
     """Return hashes of the training rows and of the evaluation sets, by their names in messages.
 
-    The seed makes no difference: the rows are those before positives are made from them. As in `hf_embed.resume`, a large table
-    is hashed by a sample and without columns of dates, and a streaming dataset by its origin and settings only.
+    The seed makes no difference: the rows are those before positives are made from them. As in `hf_embed.training.resume`, a
+    large table is hashed by a sample and without columns of dates, and a streaming dataset by its origin and settings only.
     """
     rows, positive = plan.rows if plan.given is None else plan.given, plan.positive
     given = [rows if isinstance(rows, Dataset) else [source_facts(source) for source in rows]]

@@ -34,10 +34,10 @@ from torch import Tensor
 
 from hf_embed.data.source_files import read_sources
 from hf_embed.errors import InputError
+from hf_embed.files.read_files import read_text
+from hf_embed.files.safe_files import write_text
 from hf_embed.mining import MiningArguments, write_hard_negatives
 from hf_embed.progress import progress_bar
-from hf_embed.read_files import read_text
-from hf_embed.safe_files import write_text
 
 # "python" is the standard library. The other packages are installed together with hf_embed.
 PACKAGES = ("python", "numpy", "scipy", "pandas", "torch", "transformers", "sympy", "networkx", "matplotlib", "datasets",

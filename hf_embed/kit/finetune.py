@@ -13,14 +13,14 @@ from transformers import EarlyStoppingCallback, TrainerControl, TrainerState, Tr
 from hf_embed.data.mixture import Mixture
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
+from hf_embed.files.read_files import read_json
+from hf_embed.files.safe_files import new_folder, write_json, write_text
 from hf_embed.kit.models import LoadedModel
 from hf_embed.kit.overwrite import begin
 from hf_embed.kit.plan import Plan
 from hf_embed.library_internals import save_without_push
-from hf_embed.read_files import read_json
-from hf_embed.safe_files import new_folder, write_json, write_text
 from hf_embed.trainer import ContrastiveTrainer
-from hf_embed.training_record import publishable
+from hf_embed.training.record import publishable
 
 ADAPTER_CARD = """# LoRA adapters of {of}
 

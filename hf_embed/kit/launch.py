@@ -22,7 +22,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from hf_embed.entry import CPU_CONFIG, PACKAGE, shipped
 from hf_embed.errors import InputError
-from hf_embed.stop import SIGNALS
+from hf_embed.training.stop import SIGNALS
 
 FORWARDED = ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP", "SIGQUIT")
 GRACE = 300  # seconds that the processes have to save a checkpoint after a signal to stop

@@ -25,8 +25,8 @@ from hf_embed.encoder import Encoder, tokenize_texts
 from hf_embed.encoding import Tokens
 from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import uniformity, unit
+from hf_embed.files.safe_files import writing
 from hf_embed.progress import progress_bar
-from hf_embed.safe_files import writing
 
 Report = dict[str, list[dict[str, Any]]]
 LENGTHS = (16, 32, 64, 128, 256, 512)

@@ -31,7 +31,7 @@ from transformers import BertForMaskedLM, BertTokenizer, get_linear_schedule_wit
 from hf_embed.distributed import get_world_size
 from hf_embed.errors import InputError
 from hf_embed.kit.pretraining import SHORT, SPECIAL, PretrainArguments, check_shares, own_rows, save, say, train
-from hf_embed.mlm import mask_tokens
+from hf_embed.training.mlm import mask_tokens
 
 MASKED = 0.2  # share of the tokens; for a small model this trains faster than BERT's 0.15
 WINDOW = 5  # largest distance of two tokens that count as neighbors; a pair has the weight 1 / distance

@@ -20,7 +20,7 @@ from hf_embed.evaluation.tasks import Embed
 from hf_embed.hub_access import find_model
 from hf_embed.kit.plan import QUICKSTART, ModelArguments, Plan, settled
 from hf_embed.pooling import uses_pooler
-from hf_embed.trainer_inputs import load_to_train
+from hf_embed.training.inputs import load_to_train
 
 DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout", "embedding_dropout",
             "mlp_dropout", "embd_pdrop", "resid_pdrop", "attn_pdrop")  # fmt: skip

@@ -10,9 +10,9 @@ from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub.errors import HTTPError
 
 from hf_embed.checkpoint.tables import task_lines
-from hf_embed.disk import disk_errors
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
+from hf_embed.files.disk import disk_errors
 from hf_embed.progress import bars_shown
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from hf_embed.checkpoint.hub import COPY
 from hf_embed.checkpoint.model_files import FILES, RESULTS, is_old
 from hf_embed.errors import InputError
-from hf_embed.safe_files import (
+from hf_embed.files.safe_files import (
     can_be_replaced,
     flush_one,
     link_tree,

@@ -36,9 +36,9 @@ from hf_embed.kit.schedule import settle_schedule
 from hf_embed.objectives import Matryoshka, Objective, SimCSE
 from hf_embed.progress import hidden_bars
 from hf_embed.ranges import COUNT, Range, check_ranges, setting
-from hf_embed.trainer_inputs import as_task
-from hf_embed.trainer_settings import check_metric, default_of
-from hf_embed.training_record import on_the_hub
+from hf_embed.training.inputs import as_task
+from hf_embed.training.record import on_the_hub
+from hf_embed.training.settings import check_metric, default_of
 
 logger = logging.getLogger(__name__)
 

@@ -29,10 +29,10 @@ from hf_embed.checkpoint.load import find_transformer, load_model, load_tokenize
 from hf_embed.data.cache import cached_map
 from hf_embed.data.columns import text_columns
 from hf_embed.errors import InputError, errors_of
+from hf_embed.files.read_files import read_text
 from hf_embed.hub_access import find_model
-from hf_embed.mlm import check_mask_token
 from hf_embed.progress import progress_bar, table_bars
-from hf_embed.read_files import read_text
+from hf_embed.training.mlm import check_mask_token
 
 logger = logging.getLogger(__name__)
 

@@ -19,16 +19,16 @@ from hf_embed.data.sources import read_file
 from hf_embed.errors import InputError, masked
 from hf_embed.evaluation.sts import COLUMNS, STS, read_sts
 from hf_embed.evaluation.tasks import Task
+from hf_embed.files.read_files import read_json
+from hf_embed.files.safe_files import write_json
 from hf_embed.kit.eval_flags import joined
 from hf_embed.kit.false_negatives import uses_batch
 from hf_embed.kit.plan import HELD_OUT, QUICKSTART, DataArguments, Plan, read_held_out, read_train_rows
 from hf_embed.kit.preflight_report import Given, Report, lines, plot_lengths, preflight
 from hf_embed.kit.preflight_source import Settings
-from hf_embed.read_files import read_json
-from hf_embed.safe_files import write_json
 from hf_embed.step import make_encoder
-from hf_embed.trainer_inputs import load_to_train
-from hf_embed.trainer_settings import check_batch
+from hf_embed.training.inputs import load_to_train
+from hf_embed.training.settings import check_batch
 
 PICTURES = (".png", ".pdf", ".svg")
 

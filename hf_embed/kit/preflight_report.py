@@ -44,9 +44,9 @@ from hf_embed.evaluation.sts import STS
 from hf_embed.evaluation.tasks import Task
 from hf_embed.evaluation.triplets import Triplets
 from hf_embed.evaluation.zero_shot import ZeroShot
+from hf_embed.files.safe_files import writing
 from hf_embed.kit.preflight_source import QUANTILES, Settings, check_source, make_subject, numbered
 from hf_embed.kit.row_hashes import Ids, RowIds, batches, text_ids
-from hf_embed.safe_files import writing
 
 Report = dict[str, Any]
 Given = tuple[Source, str | None, bool | None]  # rows, what messages call them, and whether they are pairs

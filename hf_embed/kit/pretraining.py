@@ -23,14 +23,14 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import BertConfig, BertTokenizer, PreTrainedModel
 
 from hf_embed.data.sources import read_texts
-from hf_embed.disk import check_folder
 from hf_embed.distributed import get_rank, get_world_size, is_main_process, mean_over_ranks, take_weights_of_main
 from hf_embed.errors import InputError, in_short
+from hf_embed.files.disk import check_folder
+from hf_embed.files.safe_files import new_folder, write_json, writing
+from hf_embed.files.work_files import digest
 from hf_embed.kit.overwrite import check_replaceable
 from hf_embed.progress import progress_bar, quiet_libraries
 from hf_embed.ranges import ABOVE_ZERO, COUNT, REQUIRED, SEED, Range, check_ranges, setting
-from hf_embed.safe_files import new_folder, write_json, writing
-from hf_embed.work_files import digest
 
 FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "training.json"]  # of a saved encoder
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]  # the first pieces of every vocabulary that is made here

@@ -22,16 +22,16 @@ from hf_embed.errors import InputError
 from hf_embed.evaluation.held_out import with_model
 from hf_embed.evaluation.retrieval import Retrieval
 from hf_embed.evaluation.tasks import Task, score_tasks
+from hf_embed.files.read_files import read_json
+from hf_embed.files.safe_files import clear_leftovers, writing
 from hf_embed.kit.content import content_of
 from hf_embed.kit.models import embed_with
 from hf_embed.kit.overwrite import place_of, take_place
 from hf_embed.kit.plan import Plan
 from hf_embed.progress import hidden_bars, silent_libraries
-from hf_embed.read_files import read_json
-from hf_embed.safe_files import clear_leftovers, writing
 from hf_embed.text_models import loading_class
 from hf_embed.trainer import ContrastiveTrainer
-from hf_embed.training_record import about_training, changed_settings, on_the_hub, publishable, summary
+from hf_embed.training.record import about_training, changed_settings, on_the_hub, publishable, summary
 
 logger = logging.getLogger(__name__)
 

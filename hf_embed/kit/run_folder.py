@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from hf_embed.checkpoint.whole import check_whole, newest_whole
-from hf_embed.disk import SAVING, check_folder
 from hf_embed.errors import InputError
+from hf_embed.files.disk import SAVING, check_folder
+from hf_embed.files.safe_files import restore_folder
 from hf_embed.kit import cli
 from hf_embed.kit.overwrite import check_replaceable, is_unfinished, is_working, working_folder
-from hf_embed.safe_files import restore_folder
 
 LATEST = ("latest", "true", "True")  # values of --resume_from_checkpoint that mean the newest complete checkpoint
 

@@ -19,6 +19,8 @@ from hf_embed.checkpoint.whole import checkpoints_in, newest_whole, read_manifes
 from hf_embed.encoder import Encoder
 from hf_embed.entry import recipe_command
 from hf_embed.errors import InputError
+from hf_embed.files.read_files import read_json
+from hf_embed.files.safe_files import SAVING, clear_leftovers, link_tree
 from hf_embed.kit.cli import Flags
 from hf_embed.kit.overwrite import EarlierRun, begin, earlier_files, place_of, take_place
 from hf_embed.kit.plan import Plan
@@ -28,10 +30,8 @@ from hf_embed.kit.run_folder import LATEST
 from hf_embed.progress import silent_libraries
 from hf_embed.ranges import SEED
 from hf_embed.ranks import writing_alone
-from hf_embed.read_files import read_json
-from hf_embed.resume import as_json, same_settings
-from hf_embed.safe_files import SAVING, clear_leftovers, link_tree
-from hf_embed.training_record import settings_of
+from hf_embed.training.record import settings_of
+from hf_embed.training.resume import as_json, same_settings
 
 
 def read_seeds(given: str) -> list[int]:

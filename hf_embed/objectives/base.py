@@ -25,7 +25,7 @@ GUIDE_HELP = "With --teacher: ignore candidates that it scores above the positiv
 NEEDS = {
     "scores": "(N, V - 1) scores of the texts after the anchor, from columns of the data or from a teacher model",
     "teacher": "(N, V, E) the vectors that the teacher model has for the texts, of its width E and of unit length",
-    "target": "(N, V, D) the same vectors in the width of the model that is trained; see `hf_embed.teacher`",
+    "target": "(N, V, D) the same vectors in the width of the model that is trained; see `hf_embed.training.teacher`",
 }
 
 

@@ -24,8 +24,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from hf_embed.errors import InputError
+from hf_embed.files.read_files import COPY_ANEW
 from hf_embed.library_internals import CHECKPOINTING
-from hf_embed.read_files import COPY_ANEW
 from hf_embed.tempscale.config import TempScaleConfig
 from hf_embed.tempscale.registry import Attentions, attentions, is_cross
 
@@ -335,7 +335,7 @@ class Lengths:
         self.tokens: dict[int, Tensor] = {}
 
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Count the tokens of each text, padded or packed (`hf_embed.packing`).
+        """Count the tokens of each text, padded or packed (`hf_embed.forward.packing`).
 
         Raises:
             InputError: if the attention mask does not have the two dimensions (texts, tokens).

@@ -8,10 +8,10 @@ Three texts of 3, 2 and 1 tokens, padded and packed:
     f . .
 
 In the packed row, every layer except attention computes no padding. Attention gets the bounds of the texts, `cu_seq_lens`:
-the package flash_attn reads them, and for PyTorch's attention `hf_embed.packed_attention` does.
+the package flash_attn reads them, and for PyTorch's attention `hf_embed.forward.packed_attention` does.
 
 Not every model can be packed: position biases, sliding windows or positions of another kind give other vectors, or an error.
-Therefore `hf_embed.forward_check` computes a few texts both ways, and a model whose vectors differ is padded.
+Therefore `hf_embed.forward.check` computes a few texts both ways, and a model whose vectors differ is padded.
 
 Shapes: a chunk has b texts of at most T tokens, S tokens in all. D is the width of a hidden state.
 """
@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
+from hf_embed.forward.packed_attention import attend_by_text
 from hf_embed.library_internals import attention_backend
-from hf_embed.packed_attention import attend_by_text
 
 # The attentions that can be packed, with the kinds of devices on which they can.
 PACKED_ATTENTION = [("sdpa", "cpu"), ("sdpa", "cuda"), ("flash_attention_2", "cuda")]

@@ -3,13 +3,13 @@
 1. A batch arrives flat: the tokens of all texts in one row, and the length of each text. Nothing is padded yet.
 2. The texts are sorted by length and divided into chunks of at most `chunk_tokens` tokens, padding included. A chunk also ends
    where more padding would cost more time than a further small chunk. Each chunk is padded to its own longest text.
-   If the model can be packed (`hf_embed.packing`), a chunk is one row without padding instead.
+   If the model can be packed (`hf_embed.forward.packing`), a chunk is one row without padding instead.
 3. The embeddings of the chunks are put back into the order of the batch, so the objective does not need to know the chunks.
 
 With `gradient_caching`, each chunk uses activation checkpointing. Its activations are freed after the forward pass and
 recomputed in the backward pass, with the same random states. The memory for activations is then that of one chunk, whatever the
 batch size. The gradients are bit for bit the same as with the same chunks and no caching. DDP still sees one forward and one
-backward pass, so it reduces gradients once. `hf_embed.activations` recomputes only the chunks whose activations do not fit.
+backward pass, so it reduces gradients once. `activations.py` recomputes only the chunks whose activations do not fit.
 
 Shapes: N texts with S tokens in total. A chunk has b texts, padded to T tokens. D is the width of an embedding.
 """
@@ -20,8 +20,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hf_embed.activations import Activations, ChunkEncoder, with_caching
-from hf_embed.packing import Numbering, copy_to, pack
+from hf_embed.forward.activations import Activations, ChunkEncoder, with_caching
+from hf_embed.forward.packing import Numbering, copy_to, pack
 from hf_embed.ranks import largest
 
 # A chunk ends early if the next text is shorter than the longest text of the chunk by more than this share.

@@ -7,7 +7,7 @@ four ways:
 
 1. each text alone, with every output of the tokenizer: the reference;
 2. all texts in one padded batch;
-3. all texts in one row without padding (`hf_embed.packing`). If these vectors differ, the model is padded everywhere;
+3. all texts in one row without padding (`hf_embed.forward.packing`). If these vectors differ, the model is padded everywhere;
 4. as in training: a flat batch, with gradients, and with the word table read once for all chunks.
 
 The same passes measure two numbers that configurations state under many names, or wrongly: the width of the vectors, and the
@@ -39,11 +39,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 from hf_embed.adapters import base_of
 from hf_embed.encoding import evaluating, on_cpu_by_default
 from hf_embed.errors import InputError, first_line
-from hf_embed.exact import exact_products, in_float32
+from hf_embed.forward.exact import exact_products, in_float32
+from hf_embed.forward.packing import Packable, after_padding, precision, rounds_to_half, row_size, ways_to_pack
+from hf_embed.forward.word_table import Replaced, word_table
 from hf_embed.library_internals import attention_backend, plain_attention
-from hf_embed.packing import Packable, after_padding, precision, rounds_to_half, row_size, ways_to_pack
 from hf_embed.pooling import Dense
-from hf_embed.word_table import Replaced, word_table
 
 if TYPE_CHECKING:
     from hf_embed.encoder import Encoder

@@ -1,4 +1,4 @@
-"""Attention within the texts of a packed row (`hf_embed.packing`), for models with PyTorch's attention ("sdpa").
+"""Attention within the texts of a packed row (`hf_embed.forward.packing`), for models with PyTorch's attention ("sdpa").
 
 transformers passes the bounds of the texts from the arguments of the model to `attend_by_text`. Their name is not that of the
 bounds for flash attention, because other callers may pass `cu_seq_lens_q` to PyTorch's attention together with a mask.
@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
-from hf_embed.dropout import draw_mask
+from hf_embed.forward.dropout import draw_mask
 from hf_embed.library_internals import efficient_attention, flash_attention
 
 # What transformers may pass to an attention function beside its known arguments, and what changes nothing there.

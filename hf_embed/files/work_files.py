@@ -16,12 +16,12 @@ from pathlib import Path
 
 import torch
 
-from hf_embed.disk import check_output_file
 from hf_embed.distributed import check_same_on_ranks, get_rank, get_world_size
 from hf_embed.errors import InputError, utf8
+from hf_embed.files.disk import check_output_file
+from hf_embed.files.safe_files import is_sealed, remove_leftovers, seal, write_text, writing
 from hf_embed.progress import progress_bar
 from hf_embed.ranks import writing_alone
-from hf_embed.safe_files import is_sealed, remove_leftovers, seal, write_text, writing
 
 
 def work_folder(output: Path) -> Path:

@@ -8,9 +8,9 @@ from datasets import Dataset
 from hf_embed.data.mixture import Mixture
 from hf_embed.data.stream import Stream
 from hf_embed.data.tokenization import count_texts
-from hf_embed.dropout import dropout_rates
 from hf_embed.encoder import Encoder
 from hf_embed.errors import shortened
+from hf_embed.forward.dropout import dropout_rates
 from hf_embed.objectives import Objective
 
 SHOWN_ROWS = 2

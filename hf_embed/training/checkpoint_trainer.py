@@ -1,7 +1,7 @@
 """A Trainer that writes checkpoints atomically, and that checks a checkpoint before it resumes from it.
 
-A checkpoint is either complete or absent. `hf_embed.checkpoint.whole` seals and checks checkpoints. `hf_embed.resume` compares
-the run that wrote a checkpoint with the current run.
+A checkpoint is either complete or absent. `hf_embed.checkpoint.whole` seals and checks checkpoints.
+`hf_embed.training.resume` compares the run that wrote a checkpoint with the current run.
 """
 
 import contextlib
@@ -19,13 +19,13 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
-from hf_embed import resume, safe_files
 from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.checkpoint import whole
-from hf_embed.disk import disk_errors
 from hf_embed.distributed import gather_objects, on_main
 from hf_embed.errors import InputError, in_short
-from hf_embed.hub_trainer import HubTrainer
+from hf_embed.files import safe_files
+from hf_embed.files.disk import disk_errors
+from hf_embed.files.read_files import read_json
 from hf_embed.library_internals import (
     in_mixed_precision,
     run_folder,
@@ -37,9 +37,10 @@ from hf_embed.library_internals import (
 )
 from hf_embed.objectives import Objective
 from hf_embed.progress import hidden_bars, hidden_messages
-from hf_embed.read_files import read_json
 from hf_embed.step import TrainingStep
-from hf_embed.watch import Watch
+from hf_embed.training import resume
+from hf_embed.training.hub_trainer import HubTrainer
+from hf_embed.training.watch import Watch
 
 logger = logging.getLogger(__name__)
 

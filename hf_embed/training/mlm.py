@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_embed.adapters import has_adapters
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
-from hf_embed.packing import copy_to
+from hf_embed.forward.packing import copy_to
 
 
 def split_masked_lm(model: PreTrainedModel | Encoder | None) -> tuple[PreTrainedModel, nn.Module]:

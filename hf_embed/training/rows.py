@@ -31,14 +31,14 @@ from hf_embed.fingerprint import tokenizer_facts
 from hf_embed.objectives import Objective
 from hf_embed.objectives.base import FunctionObjective, check_other_positives
 from hf_embed.progress import hidden_bars
-from hf_embed.resume import rows_hash
 from hf_embed.step import TrainingStep
-from hf_embed.teacher import with_teacher
-from hf_embed.trainer_inputs import EvalSets, as_tasks, stored_rows, with_metrics
-from hf_embed.trainer_settings import check_batch, check_training
+from hf_embed.training.inputs import EvalSets, as_tasks, stored_rows, with_metrics
+from hf_embed.training.resume import rows_hash
+from hf_embed.training.settings import check_batch, check_training
+from hf_embed.training.teacher import with_teacher
 
 if TYPE_CHECKING:
-    from hf_embed.guarded_trainer import GuardedTrainer
+    from hf_embed.training.guarded_trainer import GuardedTrainer
 
 logger = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ from hf_embed.evaluation.sts import STS
 from hf_embed.evaluation.tasks import THRESHOLD, Task, finite_mean, main_metric
 from hf_embed.objectives import Matryoshka, Objective
 from hf_embed.objectives.base import FunctionObjective
-from hf_embed.trainer_settings import LOWER_IS_BETTER, default_of
+from hf_embed.training.settings import LOWER_IS_BETTER, default_of
 from hf_embed.version import __version__
 
 if TYPE_CHECKING:

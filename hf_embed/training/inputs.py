@@ -32,7 +32,7 @@ from hf_embed.objectives import OBJECTIVES, Objective, SimCSE, as_objective
 from hf_embed.objectives.base import NEEDS, parameters_of
 from hf_embed.pooling import uses_pooler
 from hf_embed.step import TrainingStep, reset_dense
-from hf_embed.trainer_settings import check_reader
+from hf_embed.training.settings import check_reader
 
 logger = logging.getLogger(__name__)
 

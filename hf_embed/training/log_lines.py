@@ -18,8 +18,8 @@ from transformers.training_args import TrainingArguments
 
 from hf_embed.evaluation.tasks import THRESHOLD, Task, metric_names
 from hf_embed.progress import duration, progress_bar
-from hf_embed.trainer_settings import METRIC_SCHEDULES
-from hf_embed.training_record import ends_training
+from hf_embed.training.record import ends_training
+from hf_embed.training.settings import METRIC_SCHEDULES
 
 GEOMETRY = ("alignment", "uniformity")
 # An evaluation set with one of these names is shown with its metric, to avoid confusion.

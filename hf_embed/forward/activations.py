@@ -24,8 +24,8 @@ from transformers import PreTrainedModel
 from transformers.hf_argparser import string_to_bool
 
 from hf_embed.errors import InputError
+from hf_embed.forward.word_table import share_gradient, sharing, word_table
 from hf_embed.library_internals import has_gradient_hook
-from hf_embed.word_table import share_gradient, sharing, word_table
 
 AS_NEEDED = "as_needed"
 

@@ -26,8 +26,8 @@ from pathlib import Path
 
 import xxhash
 
-from hf_embed.disk import SAVING, disk_errors
 from hf_embed.errors import InputError
+from hf_embed.files.disk import SAVING, disk_errors
 
 try:
     import fcntl

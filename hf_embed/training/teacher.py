@@ -29,9 +29,9 @@ from hf_embed.data.teacher_vectors import TeacherVectors
 from hf_embed.distributed import check_same_on_ranks, gather_objects, get_rank
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
+from hf_embed.files.safe_files import BUSY
 from hf_embed.objectives import Objective
 from hf_embed.objectives.base import called
-from hf_embed.safe_files import BUSY
 from hf_embed.vector_files import identity_of, read_vectors, write_vectors
 
 logger = logging.getLogger(__name__)

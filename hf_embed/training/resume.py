@@ -32,16 +32,16 @@ from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.data.mixture import Mixture, data_seed
 from hf_embed.data.sampling import GlobalBatchSampler, SourceBatchSampler
 from hf_embed.data.stream import Stream
-from hf_embed.dropout import dropout_rates
 from hf_embed.errors import InputError
+from hf_embed.forward.dropout import dropout_rates
 from hf_embed.objectives import Objective
 from hf_embed.objectives.base import FunctionObjective
 from hf_embed.tempscale import applied_tempscale
-from hf_embed.trainer_settings import METRIC_SCHEDULES, NEED_A_MODEL
-from hf_embed.training_record import settings_of
+from hf_embed.training.record import settings_of
+from hf_embed.training.settings import METRIC_SCHEDULES, NEED_A_MODEL
 
 if TYPE_CHECKING:
-    from hf_embed.checkpoint_trainer import CheckpointTrainer
+    from hf_embed.training.checkpoint_trainer import CheckpointTrainer
 
 Facts = dict[str, Any]
 

@@ -18,16 +18,16 @@ from transformers.optimization import GreedyLR
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
-from hf_embed.activations import AS_NEEDED, Activations, check_caching
 from hf_embed.arguments import READ_ONCE, ContrastiveTrainingArguments
-from hf_embed.checkpoint_trainer import CheckpointTrainer
-from hf_embed.chunking import default_chunk_tokens
-from hf_embed.disk import disk_errors
 from hf_embed.distributed import gather_objects
-from hf_embed.dropout import use_fast_dropout, use_plain_dropout
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError, RankError
 from hf_embed.evaluation.tasks import Task, logged_by, main_metric
+from hf_embed.files.disk import disk_errors
+from hf_embed.forward.activations import AS_NEEDED, Activations, check_caching
+from hf_embed.forward.chunking import default_chunk_tokens
+from hf_embed.forward.dropout import use_fast_dropout, use_plain_dropout
+from hf_embed.forward.packing import copy_to
 from hf_embed.library_internals import (
     accelerate_state,
     clear_accelerator_state,
@@ -36,14 +36,14 @@ from hf_embed.library_internals import (
     set_accelerate_state,
     total_loss,
 )
-from hf_embed.packing import copy_to
 from hf_embed.ranks import PeerWatch, peers_in_one_line, writing_alone
 from hf_embed.step import own_parameters_without
-from hf_embed.stop import Stopped, StopRequests, how_to_go_on
-from hf_embed.trainer_inputs import check_schedule_of, refuse_uncalled
-from hf_embed.trainer_rows import own_tasks
-from hf_embed.trainer_settings import check_batch, check_reader, check_settings
-from hf_embed.training_record import ends_training
+from hf_embed.training.checkpoint_trainer import CheckpointTrainer
+from hf_embed.training.inputs import check_schedule_of, refuse_uncalled
+from hf_embed.training.record import ends_training
+from hf_embed.training.rows import own_tasks
+from hf_embed.training.settings import check_batch, check_reader, check_settings
+from hf_embed.training.stop import Stopped, StopRequests, how_to_go_on
 
 logger = logging.getLogger(__name__)
 
@@ -206,7 +206,7 @@ class GuardedTrainer(CheckpointTrainer):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
-        """Train. SIGTERM, SIGUSR1 and SIGINT save a checkpoint and end the training, as `hf_embed.stop` describes.
+        """Train. SIGTERM, SIGUSR1 and SIGINT save a checkpoint and end the training, as `hf_embed.training.stop` describes.
 
         Args:
             resume_from_checkpoint: the folder of a checkpoint. True or "latest" means the newest complete checkpoint in

@@ -10,9 +10,9 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from hf_embed.adapters import count_parameters, in_4_bits
-from hf_embed.disk import another_place, check_folder, lack_of_room
 from hf_embed.distributed import gather_objects
 from hf_embed.errors import InputError
+from hf_embed.files.disk import another_place, check_folder, lack_of_room
 from hf_embed.step import TrainingStep
 
 logger = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ from transformers import PretrainedConfig, TrainingArguments
 from hf_embed.distributed import gather_objects
 from hf_embed.encoder import Encoder
 from hf_embed.errors import listed
-from hf_embed.forward_check import touched
+from hf_embed.forward.check import touched
 
 logger = logging.getLogger(__name__)
 
