@@ -133,6 +133,9 @@ def test_the_scores_are_of_the_model_that_is_saved(tmp_path):
     scores = {entry["step"]: entry["eval_spearman"] for entry in run.state.log_history if "eval_spearman" in entry}
     assert run.state.best_global_step != 6 and scores[6] != min(scores.values())  # else this test proves nothing
     assert stored(tmp_path)["after"]["sts"]["dev"] == round(min(scores.values()), 2)
+    best = min(scores, key=lambda step: scores[step])
+    told = f"| Training steps | 6, with a batch size of 4; the weights are those of step {best}, the best checkpoint |"
+    assert stored(tmp_path)["train"]["step_of_weights"] == best and told in card(tmp_path)
     chosen = stored(tmp_path)["train"]["chosen_by"]
     assert chosen == {"metric": "spearman", "score": round(min(scores.values()), 4), "greater_is_better": False}
     assert "slightly too optimistic" in card(tmp_path)

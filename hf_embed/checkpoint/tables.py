@@ -151,12 +151,14 @@ def training_rows(train: dict[str, Any]) -> list[tuple[str, str]]:
         if resumed and train.get("seconds") is not None
         else ""
     )
+    chosen = train.get("step_of_weights", train["steps"])
+    best = "" if chosen == train["steps"] else f"; the weights are those of step {chosen:,}, the best checkpoint"
     rows = [
         ("Base model", str(train["model"])),
         ("Training data", f"{train['data']}, {train['rows']:,} rows"),
         ("Objective", shown_objective(train["objective"])),
         *((f"Objective of {name}", shown_objective(own)) for name, own in train.get("source_objectives", {}).items()),
-        ("Training steps", f"{train['steps']:,}, with a batch size of {train['batch_size']:,}"),
+        ("Training steps", f"{train['steps']:,}, with a batch size of {train['batch_size']:,}{best}"),
     ]
     if train.get("loss") is not None:
         rows.append(("Mean training loss", f"{train['loss']:.4g}{since}"))

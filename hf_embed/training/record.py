@@ -121,14 +121,20 @@ def last_scores(trainer: "ContrastiveTrainer") -> tuple[dict[str, float], float 
     history = [entry for entry in trainer.state.log_history if entry not in trainer.left_out]
     ends = [i for i, entry in enumerate(history) if ends_training(entry)]
     behind = history[ends[-1] + 1 :] if ends else []
-    best = trainer.state.best_model_checkpoint if ends and trainer.args.load_best_model_at_end else None
-    step = trainer.state.global_step if best is None else step_of(best)  # of the weights that the model has now
+    step = step_of_weights(trainer)
     during = [entry for entry in history if any(key.startswith("eval_") for key in entry)]
     found = [entry for entry in during if entry.get("step") == step and entry not in behind] + behind
     if scores := metrics_of(found):
         return scores, None
     last = during[-1].get("step") if during else None
     return metrics_of(entry for entry in during if entry.get("step") == last), last
+
+
+def step_of_weights(trainer: "ContrastiveTrainer") -> int | None:
+    """Return the step after which the model had the weights that it has now: that of the best checkpoint, or the last one."""
+    ended = any(ends_training(entry) for entry in trainer.state.log_history)
+    best = trainer.state.best_model_checkpoint if ended and trainer.args.load_best_model_at_end else None
+    return trainer.state.global_step if best is None else step_of(best)
 
 
 def ends_training(logs: Mapping[str, Any]) -> bool:
@@ -166,6 +172,7 @@ def about_training(trainer: "ContrastiveTrainer", scores: Mapping[str, float]) -
         "objective": settings_of(trainer.main_objective), **source_objectives(trainer.train_dataset),
         "batch_size": args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
         "learning_rate": None if "learning_rate" in replaced else args.learning_rate, "steps": state.global_step,
+        "step_of_weights": step_of_weights(trainer),
         "score": score, "chosen_by": score if chosen else None, **loss_and_time(end, state.global_step),
         "seed": args.seed, "processes": args.world_size,
         "hardware": hardware(args), "settings": settings,
