@@ -82,9 +82,6 @@ class ContrastiveTrainingArguments(TrainingArguments):
     allow_changed: bool = setting(
         False, "Resume even if the rows, the objective, the pooling or the like differ from the checkpoint's."
     )
-    # These two are settings of TrainingArguments too, but not in the lowest version of transformers that is allowed.
-    dataloader_in_order: bool = setting(True, "Whether the workers' batches come in the order of the sampler.")
-    dataloader_multiprocessing_context: str | None = setting(None, "How workers start: fork, spawn or forkserver.")
 
     def __post_init__(self) -> None:
         check_before(self)

@@ -41,6 +41,12 @@ NOT_CALLED = {
 CHECKPOINTING = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, n))
 
 
+def worker_settings(args: TrainingArguments) -> dict[str, Any]:
+    """Return the settings of a data loader that `TrainingArguments` has since transformers 5.15, or their defaults."""
+    defaults = {"in_order": True, "multiprocessing_context": None}
+    return {name: getattr(args, f"dataloader_{name}", default) for name, default in defaults.items()}
+
+
 # ---- transformers: configs and models ----
 
 

@@ -86,9 +86,9 @@ def test_missing_packages(gpu, monkeypatch):
     assert gpu.gpu_bench.missing_packages() == []
     version = gpu.gpu_bench.importlib.metadata.version
     monkeypatch.setattr(
-        gpu.gpu_bench.importlib.metadata, "version", lambda name: "5.17.0" if name == "transformers" else version(name)
+        gpu.gpu_bench.importlib.metadata, "version", lambda name: "5.8.1" if name == "transformers" else version(name)
     )
-    assert gpu.gpu_bench.missing_packages() == ["transformers 5.17.0 is installed; hf_embed needs transformers>=5.19,<6"]
+    assert gpu.gpu_bench.missing_packages() == ["transformers 5.8.1 is installed; hf_embed needs transformers>=5.9,<6"]
 
 
 def test_the_kernels_of_attention_are_timed(gpu, monkeypatch):

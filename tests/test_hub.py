@@ -38,7 +38,8 @@ def server(monkeypatch):
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(hub, "get_token", lambda: server.token)
-        monkeypatch.setattr("transformers.utils.hub._hf_api", None)
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)  # what transformers 5.9 calls
         monkeypatch.setattr("time.sleep", lambda seconds: None)
         yield server
 

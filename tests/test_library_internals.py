@@ -259,10 +259,18 @@ def test_push_in_progress():
     assert push.is_done()
 
 
+@pytest.mark.skipif(not hasattr(transformers.utils.hub, "_hf_api"), reason="this version of transformers keeps no client")
 def test_the_tests_of_the_hub_can_renew_the_client_of_transformers(monkeypatch):
     monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://localhost:1")
     assert transformers.utils.hub.hf_api().endpoint == "http://localhost:1"
+
+
+def test_worker_settings():
+    assert internals.worker_settings(TrainingArguments("out")) == {"in_order": True, "multiprocessing_context": None}
+    if hasattr(TrainingArguments, "dataloader_in_order"):
+        given = TrainingArguments("out", dataloader_in_order=False, dataloader_multiprocessing_context="spawn")
+        assert internals.worker_settings(given) == {"in_order": False, "multiprocessing_context": "spawn"}
 
 
 # ---- torch, datasets, evaluate, argparse ----

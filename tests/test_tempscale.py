@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import small_tokenizer, tiny_encoder, tiny_model
-from transformers import AutoConfig, AutoModel, MT5EncoderModel, T5EncoderModel, UMT5EncoderModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, MT5EncoderModel, T5EncoderModel, UMT5EncoderModel
 
 from hf_embed import Encoder, InputError
 from hf_embed.tempscale import (
@@ -99,12 +99,14 @@ def apart(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).abs().max() / b.abs().max()).item()
 
 
-NO_SDPA = ("mpnet", "deberta", "gemma2")
+# What the lowest supported version of transformers does not have: the classes of two models, and "sdpa" for T5.
+HERE = [name for name in MODELS if name.split()[0] in CONFIG_MAPPING]
+NO_SDPA = ("mpnet", "deberta", "gemma2", *(() if T5EncoderModel._supports_sdpa else ENCODERS))
 
 
 @pytest.mark.parametrize(
     ("name", "attention"),
-    [(name, "eager") for name in MODELS] + [(name, "sdpa") for name in MODELS if not name.startswith(NO_SDPA)],
+    [(name, "eager") for name in HERE] + [(name, "sdpa") for name in HERE if not name.startswith(NO_SDPA)],
 )
 def test_patched_folded_and_removed(name, attention):
     model = make(name, attention)
@@ -143,6 +145,7 @@ def test_whatever_goes_through_the_attention_interface(name, attention):
         apply_tempscale(model, TempScaleConfig(T, growth="log"))
 
 
+@pytest.mark.skipif(list(MODELS) != HERE, reason="this version of transformers does not have all classes")
 def test_every_registered_class_is_tested():
     """A new entry in the registry needs a model in MODELS."""
     tested = set()

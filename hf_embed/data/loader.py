@@ -14,6 +14,7 @@ from transformers.trainer_utils import seed_worker
 from hf_embed.data.collator import RaggedCollator
 from hf_embed.data.mixture import Mixture, data_seed
 from hf_embed.data.sampling import GlobalBatchSampler, SourceBatchSampler, generator
+from hf_embed.library_internals import worker_settings
 
 if TYPE_CHECKING:
     from hf_embed.arguments import ContrastiveTrainingArguments
@@ -95,7 +96,6 @@ def make_loader(
         pin_memory=args.dataloader_pin_memory and args.device.type != "cpu",
         persistent_workers=args.dataloader_persistent_workers,
         prefetch_factor=args.dataloader_prefetch_factor,
-        multiprocessing_context=args.dataloader_multiprocessing_context,
-        in_order=args.dataloader_in_order,
+        **worker_settings(args),
         worker_init_fn=partial(start_worker, num_workers=workers, rank=args.process_index),
     )

@@ -21,7 +21,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.checkpoint import whole
-from hf_embed.data.loader import EpochDataLoader
 from hf_embed.distributed import gather_objects, on_main
 from hf_embed.errors import InputError, in_short
 from hf_embed.files import safe_files
@@ -320,13 +319,13 @@ class CheckpointTrainer(HubTrainer):
         at_start = skip_scheduler  # Trainer sets it only there
         return {} if at_start and self.watch.first_step else super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
 
-    def _run_epoch(self, *, epoch: int, train_dataloader: EpochDataLoader, **others: Any) -> None:
+    def _run_epoch(self, *args: Any, **named: Any) -> None:
         """Train one epoch, or nothing if the resumed run is already finished."""
         if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
             self.control.should_training_stop = True
             return
-        train_dataloader.set_epoch(epoch)  # transformers before 5.17 does not, in the epoch where a run resumes
-        super()._run_epoch(epoch=epoch, train_dataloader=train_dataloader, **others)
+        named["train_dataloader"].set_epoch(named["epoch"])  # transformers before 5.17 does not where a run resumes
+        super()._run_epoch(*args, **named)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Read the states of optimizer and learning-rate schedule, but keep the current settings, such as the learning rate.

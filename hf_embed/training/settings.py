@@ -24,7 +24,7 @@ from hf_embed.errors import InputError
 from hf_embed.evaluation.held_out import HeldOut
 from hf_embed.evaluation.sts import STS
 from hf_embed.evaluation.tasks import Task, main_metric, metric_names
-from hf_embed.library_internals import CHECKPOINTING, use_one_gpu
+from hf_embed.library_internals import CHECKPOINTING, use_one_gpu, worker_settings
 from hf_embed.ranges import ABOVE_ZERO, COUNT, SEED, Range, check_ranges, out_of_range
 
 logger = logging.getLogger(__name__)
@@ -133,12 +133,13 @@ def check_before(args: TrainingArguments) -> None:
             kind(getattr(args, name))
         except ValueError as error:
             raise InputError(f"{name}: {error}") from error
-    for name in ("dataloader_multiprocessing_context", "dataloader_persistent_workers"):
-        if getattr(args, name) and not args.dataloader_num_workers:
-            raise InputError(f"{name} is {getattr(args, name)!r}, but there are no workers; set dataloader_num_workers")
-    if args.dataloader_multiprocessing_context not in (None, "fork", "spawn", "forkserver"):
+    workers = worker_settings(args) | {"persistent_workers": args.dataloader_persistent_workers}
+    for name in ("multiprocessing_context", "persistent_workers"):
+        if workers[name] and not args.dataloader_num_workers:
+            raise InputError(f"dataloader_{name} is {workers[name]!r}, but there are no workers; set dataloader_num_workers")
+    if workers["multiprocessing_context"] not in (None, "fork", "spawn", "forkserver"):
         raise InputError(
-            f"dataloader_multiprocessing_context is {args.dataloader_multiprocessing_context!r}; "
+            f"dataloader_multiprocessing_context is {workers['multiprocessing_context']!r}; "
             "it must be one of fork, spawn, forkserver"
         )
     evaluated, saved = (str(getattr(value, "value", value)) for value in (args.eval_strategy, args.save_strategy))
@@ -164,7 +165,7 @@ def check_after(args: TrainingArguments) -> None:
             raise InputError(f"report_to: the package of {name} is not installed; install it, or set report_to to none")
     if args.save_strategy == "best" and args.eval_strategy == "no":
         raise InputError("save_strategy is best, but eval_strategy is no, so nothing would be saved; set eval_strategy")
-    if not args.dataloader_in_order and args.world_size > 1:
+    if not worker_settings(args)["in_order"] and args.world_size > 1:
         raise InputError("dataloader_in_order is False, so processes could train on different batches in a step; remove it")
     if getattr(args, f"{CHECKPOINTING}_kwargs") and not getattr(args, CHECKPOINTING):
         raise InputError(f"{CHECKPOINTING}_kwargs is set, but {CHECKPOINTING} is False; set it to True")
