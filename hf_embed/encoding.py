@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_embed.adapters import copy_of
 from hf_embed.distributed import on_cpu
 from hf_embed.errors import InputError, first_line, utf8
+from hf_embed.packing import copy_to
 from hf_embed.ranges import COUNT, check_one_of
 from hf_embed.vectors import SIMILARITIES, check_packable, check_precision
 
@@ -208,7 +209,7 @@ def tokenize_texts(encoder: "Encoder", texts: list[str], numbers: Sequence[int] 
 
 def embed_tokens(model: nn.Module, encoder: "Encoder", tokens: Tokens, chunk_tokens: int | None = None) -> Tensor:
     """Embed N texts through `model`: the encoder, or a module that contains it (the training step, FSDP). Return (N, D)."""
-    flat = torch.tensor(list(itertools.chain.from_iterable(tokens)), device=encoder.device)
+    flat = copy_to(torch.tensor(list(itertools.chain.from_iterable(tokens))), encoder.device)
     return model(flat, [len(row) for row in tokens], chunk_tokens=chunk_tokens)["embeddings"]
 
 
@@ -264,7 +265,7 @@ def encode_by_length(
         for batch, part in zip(batches, parts):
             if not len(vectors):
                 vectors = part.new_empty(len(texts), part.shape[1])
-            vectors[torch.tensor(batch, device=output_device)] = part
+            vectors[copy_to(torch.tensor(batch), output_device)] = part
             bar.update(len(batch))
     return vectors
 

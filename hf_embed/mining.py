@@ -57,6 +57,7 @@ from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.evaluation.rows import as_list
 from hf_embed.evaluation.tasks import Embed
+from hf_embed.exact import free_memory
 from hf_embed.fingerprint import fingerprint
 from hf_embed.progress import progress_bar
 from hf_embed.ranges import COUNT, FINITE, Range, check_ranges, setting
@@ -328,7 +329,7 @@ def read_vectors(paths: list[Path], numbers: list[int]) -> Tensor:
     return torch.from_numpy(np.stack([shards[number // SHARD][number % SHARD] for number in numbers]))
 
 
-def read_shards(paths: list[Path], device: str) -> Iterator[Tensor]:
+def read_shards(paths: list[Path], device: torch.device) -> Iterator[Tensor]:
     """Yield the vectors of each file, (SHARD, D) or fewer rows, on a device."""
     for path in paths:
         yield torch.from_numpy(np.array(read_array(path))).to(device)
@@ -352,13 +353,15 @@ def import_faiss() -> Any:
 def searcher(document_vectors: list[Path], use_faiss: bool) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
     """Return a function from unit queries (Q, D) and k to the scores and numbers, both (Q, k), of the nearest documents."""
     if use_faiss:
-        shards = list(read_shards(document_vectors, "cpu"))
+        shards = list(read_shards(document_vectors, torch.device("cpu")))
         index = import_faiss().IndexFlatIP(shards[0].shape[1])
         for shard in shards:
             index.add(shard.numpy())
         return lambda queries, k: index.search(queries.numpy(), min(k, index.ntotal))
-    device = "cpu" if on_cpu() else "cuda"
-    return lambda queries, k: exact_search(queries.to(device), read_shards(document_vectors, device), k)
+    device, kept = torch.device("cpu" if on_cpu() else "cuda"), []
+    if device.type == "cuda" and 2 * sum(path.stat().st_size for path in document_vectors) < free_memory(device):
+        kept = list(read_shards(document_vectors, device))  # otherwise, each block of queries copies them to the GPU again
+    return lambda queries, k: exact_search(queries.to(device), kept or read_shards(document_vectors, device), k)
 
 
 class Rows:
