@@ -279,7 +279,7 @@ def test_the_scaler_of_half_precision_keeps_its_own_way(tmp_path):
 
 @pytest.mark.parametrize("settings", [{}, {"max_grad_norm": 0}])
 def test_a_spoilt_step_is_skipped_in_half_precision(tmp_path, settings):
-    """BUG: in fp16, a run with nan_steps skip ended at the first NaN loss, and did not count the steps that its scaler skipped."""
+    """BUG: in fp16, a run with nan_steps skip ended at the first NaN loss, and did not count skipped steps."""
     run = trainer(tmp_path, objective=SpoilOne(3), max_steps=5, logging_steps=1, nan_steps="skip", **settings)
     run.accelerate_state[1]["_mixed_precision"] = "fp16"
     run.accelerator.native_amp, run.accelerator.scaler = True, torch.amp.GradScaler("cpu")
