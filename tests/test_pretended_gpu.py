@@ -60,13 +60,18 @@ def test_a_step_waits_only_where_it_must(given, settings, expected, attention, t
         assert waits == expected
 
 
-@pytest.mark.parametrize(("convert_to_tensor", "expected"), [(False, {"encoding.py: to": 3}), (True, {})])
-def test_encoding_waits_for_the_vectors_only(convert_to_tensor, expected, attention, monkeypatch):
-    """BUG: it also waited for the copy of the token ids of each batch, and of the places of its vectors on the GPU."""
+@pytest.mark.parametrize(("convert_to_tensor", "at_once", "waits"), [(False, 4096, 1), (False, 2, 2), (True, 2, 0)])
+def test_encoding_waits_for_many_vectors_at_once(convert_to_tensor, at_once, waits, attention, monkeypatch):
+    """BUG: for each batch, the host waited for the copies of the token ids and of the places of the vectors, and for these."""
+    texts = ["a text", "another, longer text", "rain"]
     encoder = Encoder(tiny_model(**ONE), small_tokenizer())
+    monkeypatch.setattr("hf_embed.encoding.FETCHED", at_once)
     monkeypatch.setattr(Encoder, "check_changed", lambda encoder: None)
-    with pretended_gpu() as waits:
+    with pretended_gpu() as noted:
         encoder.to(GPU)
-        waits.clear()
-        vectors = encoder.encode(["a text", "another, longer text", "rain"], convert_to_tensor=convert_to_tensor, batch_size=1)
-        assert waits == expected and torch.as_tensor(vectors).device.type == ("cuda" if convert_to_tensor else "cpu")
+        noted.clear()
+        vectors = torch.as_tensor(encoder.encode(texts, convert_to_tensor=convert_to_tensor, batch_size=1))
+        assert noted == ({"encoding.py: to": waits} if waits else {})
+        assert vectors.device.type == ("cuda" if convert_to_tensor else "cpu")
+        alone = [encoder.encode(text, convert_to_tensor=True).cpu() for text in texts]
+        torch.testing.assert_close(vectors.cpu(), torch.stack(alone))
