@@ -69,6 +69,7 @@ from hf_embed.work_files import already_exists, barrier, claimed, digest, make_f
 logger = logging.getLogger(__name__)
 
 SHARD = 8192  # texts in one file of vectors
+PART = 2048  # texts that are passed to the encoder at once: several of its batches, of which it tokenizes one in advance
 BLOCK = 2048  # rows in one file of results
 
 
@@ -310,8 +311,8 @@ def encode_shards(texts: list[str], embed: Embed, prompt_name: str, folder: Path
     """Write unit vectors of texts, float32, in files of SHARD texts. Raise InputError if a vector is not finite."""
 
     def write(numbers: range, path: Path) -> None:
-        parts = [texts[start : min(start + 512, numbers.stop)] for start in range(numbers.start, numbers.stop, 512)]
-        bar = progress_bar(parts, desc=f"File of {len(numbers):,} texts", unit="batch")
+        parts = [texts[start : min(start + PART, numbers.stop)] for start in range(numbers.start, numbers.stop, PART)]
+        bar = progress_bar(parts, desc=f"File of {len(numbers):,} texts", unit="part")
         vectors = torch.cat([F.normalize(embed(part, prompt_name).float(), dim=-1).cpu() for part in bar]).numpy()
         if bad := [i for i, finite in enumerate(np.isfinite(vectors).all(1)) if not finite]:
             text = texts[numbers.start + bad[0]]
