@@ -72,11 +72,10 @@ def write_vectors(
     with claimed(work, identity):
         if output.is_file():
             return finished(work, output, identity)
-        unfinished, shape = work / "vectors.npy", (len(texts), like.shape[1])
+        unfinished, shape, size = work / "vectors.npy", (len(texts), like.shape[1]), part_size(encoder)
         if get_rank() == 0 and not holds(unfinished, shape, like.dtype):
             allocate(unfinished, shape, like.dtype)
         barrier()
-        size = part_size(encoder)
         forget_damaged(work / "done", np.load(unfinished, mmap_mode="r"), size)
 
         def write(numbers: range, path: Path) -> None:
