@@ -17,6 +17,7 @@ The command needs no network: the models have random weights, and the texts are 
                  memory of the GPU is full
     throughput   training beside sentence-transformers (if it is installed): models of the shapes of MiniLM and BERT-base, 512
                  rows a step, short and long texts; the share of the matrix rate that tokens other than padding reach
+    encoding     the time of `encode` beside sentence-transformers, in bfloat16
     attention    the time of each kernel that attends within texts, for texts of 16 to 256 tokens
     settings     the time of a step with other chunks, with gradient caching, padded texts, and other kernels
 
@@ -368,6 +369,7 @@ PARTS: dict[str, Callable[[Bench], Tasks]] = {
     "matrix": gpu_bench.matrix_checks,
     "step": gpu_step.step_checks,
     "throughput": gpu_bench.throughput_checks,
+    "encoding": gpu_bench.encoding_checks,
     "attention": gpu_step.attention_checks,
     "settings": gpu_step.settings_checks,
 }

@@ -49,6 +49,7 @@ if missing := missing_packages():
     print("The benchmark cannot start:\n  " + "\n  ".join(missing), file=sys.stderr)
     raise SystemExit(2)
 
+import numpy as np
 import torch
 from datasets import Dataset, disable_progress_bars
 from torch import nn
@@ -56,7 +57,7 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, PreTrainedModel, 
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils.logging import disable_progress_bar
 
-from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, SimCSE
+from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, SimCSE
 from hf_embed.kit.plan import QUICKSTART
 from hf_embed.objectives import Objective
 
@@ -384,3 +385,41 @@ def throughput_checks(bench: Bench) -> Tasks:
             for texts in LENGTHS:
                 tasks[f"{model}, {texts}, {backend}"] = partial(throughput, bench, Case(model, texts, backend))
     return tasks | bench.left_out("throughput", f"training with {FLASH}")
+
+
+# ---- encoding, beside sentence-transformers ----
+
+
+def encoding_times(bench: Bench, model: str, texts: str) -> list[Result]:
+    """Time `encode` in bfloat16, in turns with sentence-transformers, and compare the vectors of both. Return medians."""
+    lengths, folder = LENGTHS[texts], str(bench.folder / f"{model} to encode")
+    make_model(bench.sizes.timed[model]).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    given = [text for row in make_rows(4 * bench.sizes.batch, lengths, seed=5) for text in row.values()]
+    encoder = Encoder.from_pretrained(folder, "mean", lengths.max_length, dtype=torch.bfloat16).to(bench.device)
+    ways: dict[str, Callable[[], np.ndarray]] = {OURS: lambda: encoder.encode(given)}
+    if importlib.util.find_spec("sentence_transformers"):
+        from sentence_transformers import SentenceTransformer
+
+        theirs = SentenceTransformer(folder, device=bench.device, model_kwargs={"dtype": torch.bfloat16})
+        theirs.max_seq_length = lengths.max_length
+        ways[THEIRS] = lambda: theirs.encode(given, batch_size=256)
+    vectors = [torch.from_numpy(encode()).float() for encode in ways.values()]  # which also warms up
+    seconds: dict[str, list[float]] = {side: [] for side in ways}
+    for _ in range(bench.sizes.rounds):
+        for side, encode in ways.items():
+            start = time.perf_counter()
+            encode()
+            seconds[side].append(time.perf_counter() - start)
+    figures: dict[str, Any] = {f"{side} texts/s": len(given) / statistics.median(taken) for side, taken in seconds.items()}
+    name, reason = f"{model}, {len(given):,} {texts}, bfloat16", "" if THEIRS in ways else f"{THEIRS} is not installed"
+    if THEIRS in ways:
+        figures["ratio"] = figures[f"{OURS} texts/s"] / figures[f"{THEIRS} texts/s"]
+        figures["smallest cosine"] = nn.functional.cosine_similarity(vectors[0], vectors[-1], dim=-1).min().item()
+    return [Result("encoding", name, "measured", figures, reason)]
+
+
+def encoding_checks(bench: Bench) -> Tasks:
+    """Time `encode` with each model on each kind of texts."""
+    cases = [(model, texts) for model in bench.sizes.timed for texts in LENGTHS]
+    return {f"encoding, {model}, {texts}": partial(encoding_times, bench, model, texts) for model, texts in cases}

@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_embed.adapters import copy_of
 from hf_embed.distributed import on_cpu
 from hf_embed.errors import InputError, first_line, utf8
+from hf_embed.forward.packing import copy_to
 from hf_embed.ranges import COUNT, check_one_of
 from hf_embed.vectors import SIMILARITIES, check_packable, check_precision
 
@@ -40,6 +41,9 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 Texts: TypeAlias = str | Iterable[str] | DataLoader  # also arrays and columns of texts
 Tokens: TypeAlias = list[list[int]]  # the token ids of each text of a batch
+# The vectors of this many texts are fetched from a GPU at a time. If each batch were fetched by itself, the GPU would have
+# nothing to do until the host has prepared the next one.
+FETCHED = 4096
 # What stands between words for every tokenizer. Python also splits words at control characters, which BERT's tokenizer removes.
 SPACES = re.compile(r"[ \t\r\n]+")
 # For each model inside `evaluating`: the threads that use it, and the modules that were in training mode.
@@ -208,7 +212,7 @@ def tokenize_texts(encoder: "Encoder", texts: list[str], numbers: Sequence[int] 
 
 def embed_tokens(model: nn.Module, encoder: "Encoder", tokens: Tokens, chunk_tokens: int | None = None) -> Tensor:
     """Embed N texts through `model`: the encoder, or a module that contains it (the training step, FSDP). Return (N, D)."""
-    flat = torch.tensor(list(itertools.chain.from_iterable(tokens)), device=encoder.device)
+    flat = copy_to(torch.tensor(list(itertools.chain.from_iterable(tokens))), encoder.device)
     return model(flat, [len(row) for row in tokens], chunk_tokens=chunk_tokens)["embeddings"]
 
 
@@ -249,11 +253,11 @@ def encode_by_length(
         model = free.get()
         try:
             with torch.inference_mode():
-                return embed(model, tokens).to(output_device)
+                vectors = embed(model, tokens)
+                return vectors.to(output_device) if len(models) > 1 else vectors
         finally:
             free.put(model)
 
-    vectors = torch.empty(0)
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(tqdm(total=len(texts), desc="Encoding", unit=" texts", disable=not show_progress_bar))
         threads = stack.enter_context(ThreadPoolExecutor(len(models)))
@@ -261,11 +265,28 @@ def encode_by_length(
             parts = threads.map(lambda batch: vectors_of(tokens_of(batch)), batches)
         else:  # the model stays in this thread, because autocast and other contexts of the caller belong to it
             parts = map(vectors_of, one_ahead(threads, tokens_of, batches))
-        for batch, part in zip(batches, parts):
+        return put_back(parts, order, output_device, bar.update)
+
+
+def put_back(parts: Iterable[Tensor], order: list[int], device: torch.device, seen: Callable[[int], Any]) -> Tensor:
+    """Return vectors (N, D) on `device`, in the order of the texts.
+
+    Args:
+        parts: the vectors of each batch, (n, D).
+        order: the number of the text to which each vector belongs.
+        device: the device of the returned vectors. Vectors on another one are copied `FETCHED` at a time.
+        seen: called with n for each part.
+    """
+    vectors, waiting, done = torch.empty(0), list[Tensor](), 0
+    for part in parts:
+        waiting.append(part)
+        seen(len(part))
+        if sum(map(len, waiting)) >= min(FETCHED, len(order) - done):
+            rows, waiting = torch.cat(waiting).to(device), []
             if not len(vectors):
-                vectors = part.new_empty(len(texts), part.shape[1])
-            vectors[torch.tensor(batch, device=output_device)] = part
-            bar.update(len(batch))
+                vectors = rows.new_empty(len(order), rows.shape[1])
+            vectors[copy_to(torch.tensor(order[done : done + len(rows)]), device)] = rows
+            done += len(rows)
     return vectors
 
 

@@ -61,6 +61,7 @@ from hf_embed.files.read_files import read_array, read_json
 from hf_embed.files.safe_files import put, writing
 from hf_embed.files.work_files import already_exists, barrier, claimed, digest, make_files, work_folder
 from hf_embed.fingerprint import fingerprint
+from hf_embed.forward.exact import free_memory
 from hf_embed.progress import progress_bar
 from hf_embed.ranges import COUNT, FINITE, Range, check_ranges, setting
 from hf_embed.search import exact_search
@@ -68,6 +69,7 @@ from hf_embed.search import exact_search
 logger = logging.getLogger(__name__)
 
 SHARD = 8192  # texts in one file of vectors
+PART = 2048  # texts that are passed to the encoder at once: several of its batches, of which it tokenizes one in advance
 BLOCK = 2048  # rows in one file of results
 
 
@@ -309,8 +311,8 @@ def encode_shards(texts: list[str], embed: Embed, prompt_name: str, folder: Path
     """Write unit vectors of texts, float32, in files of SHARD texts. Raise InputError if a vector is not finite."""
 
     def write(numbers: range, path: Path) -> None:
-        parts = [texts[start : min(start + 512, numbers.stop)] for start in range(numbers.start, numbers.stop, 512)]
-        bar = progress_bar(parts, desc=f"File of {len(numbers):,} texts", unit="batch")
+        parts = [texts[start : min(start + PART, numbers.stop)] for start in range(numbers.start, numbers.stop, PART)]
+        bar = progress_bar(parts, desc=f"File of {len(numbers):,} texts", unit="part")
         vectors = torch.cat([F.normalize(embed(part, prompt_name).float(), dim=-1).cpu() for part in bar]).numpy()
         if bad := [i for i, finite in enumerate(np.isfinite(vectors).all(1)) if not finite]:
             text = texts[numbers.start + bad[0]]
@@ -328,7 +330,7 @@ def read_vectors(paths: list[Path], numbers: list[int]) -> Tensor:
     return torch.from_numpy(np.stack([shards[number // SHARD][number % SHARD] for number in numbers]))
 
 
-def read_shards(paths: list[Path], device: str) -> Iterator[Tensor]:
+def read_shards(paths: list[Path], device: torch.device) -> Iterator[Tensor]:
     """Yield the vectors of each file, (SHARD, D) or fewer rows, on a device."""
     for path in paths:
         yield torch.from_numpy(np.array(read_array(path))).to(device)
@@ -352,13 +354,15 @@ def import_faiss() -> Any:
 def searcher(document_vectors: list[Path], use_faiss: bool) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
     """Return a function from unit queries (Q, D) and k to the scores and numbers, both (Q, k), of the nearest documents."""
     if use_faiss:
-        shards = list(read_shards(document_vectors, "cpu"))
+        shards = list(read_shards(document_vectors, torch.device("cpu")))
         index = import_faiss().IndexFlatIP(shards[0].shape[1])
         for shard in shards:
             index.add(shard.numpy())
         return lambda queries, k: index.search(queries.numpy(), min(k, index.ntotal))
-    device = "cpu" if on_cpu() else "cuda"
-    return lambda queries, k: exact_search(queries.to(device), read_shards(document_vectors, device), k)
+    device, kept = torch.device("cpu" if on_cpu() else "cuda"), []
+    if device.type == "cuda" and 2 * sum(path.stat().st_size for path in document_vectors) < free_memory(device):
+        kept = list(read_shards(document_vectors, device))  # otherwise, each block of queries copies them to the GPU again
+    return lambda queries, k: exact_search(queries.to(device), kept or read_shards(document_vectors, device), k)
 
 
 class Rows:

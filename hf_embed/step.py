@@ -142,10 +142,11 @@ class TrainingStep(nn.Module):
         with precision(self.encoder.base):
             states = self.encoder.backbone(input_ids=ids, attention_mask=mask)[0]
         labels = labels[places]
-        chosen = (labels != -100) & (mask == 1)
-        logits = self.mlm_head(states[chosen])  # only of masked tokens: a vocabulary has many more words than a state numbers
-        losses = F.cross_entropy(logits, labels[chosen], reduction="none")
-        return losses.new_zeros(chosen.shape).masked_scatter(chosen, losses).sum(1, keepdim=True)
+        # Only of masked tokens, because a vocabulary has many more words than a state has numbers. To find their places once,
+        # the host waits for the GPU once. With a mask as index, it would wait for each use, also in the backward pass.
+        chosen = ((labels != -100) & (mask == 1)).nonzero(as_tuple=True)
+        losses = F.cross_entropy(self.mlm_head(states[chosen]), labels[chosen], reduction="none")
+        return losses.new_zeros(labels.shape).index_put(chosen, losses).sum(1, keepdim=True)
 
     # Attributes that users, Trainer, accelerate and FSDP expect of a model. Some are left out on purpose, because these
     # libraries act differently if a model has them: `get_input_embeddings` (FSDP wraps them), `num_parameters` (total_flos).

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
-PARTS = ["forward", "exact", "tempscale", "loss", "matrix", "step", "throughput", "attention", "settings"]
+PARTS = ["forward", "exact", "tempscale", "loss", "matrix", "step", "throughput", "encoding", "attention",
+         "settings"]  # fmt: skip
 ON_CPU = ["--device", "cpu", "--tiny"]
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import error_of, small_tokenizer, tiny_encoder, tiny_model
 from datasets import Dataset
+from pretended_gpu import GPU, pretended_gpu
 from transformers import BertForMaskedLM
 
 from hf_embed.kit.positives import KNOWN, MaskFill, add_positives, parse_positive, places
@@ -110,6 +111,18 @@ def test_a_mask_token_in_the_text_keeps_its_place(masked_lm):
         guess = {place: tokenizer.decode([token]).replace("##", "").strip() for place, token in zip(masked, best, strict=True)}
         expected = [guess[i] or word if i in chosen else word for i, word in enumerate(words)]
         assert fill([words], 0.3, [random.Random(seed)]) == [expected]
+
+
+def test_filling_masks_waits_for_a_batch_and_not_for_each_text(masked_lm):
+    """BUG: on a GPU, the host waited twice for each text."""
+    fill, waits = MaskFill(masked_lm), []
+    with pretended_gpu() as noted:
+        fill.model.to(GPU)
+        for texts in (2, 20):
+            noted.clear()
+            fill([["the", "cat", "sat"]] * texts, 0.3, [random.Random(seed) for seed in range(texts)])
+            waits.append(noted.total())
+    assert waits[0] == waits[1]
 
 
 def test_masked_words_are_filled_by_the_model(masked_lm):

@@ -277,6 +277,18 @@ def test_the_scaler_of_half_precision_keeps_its_own_way(tmp_path):
     assert run.watch.norm is None
 
 
+@pytest.mark.parametrize("settings", [{}, {"max_grad_norm": 0}])
+def test_a_spoilt_step_is_skipped_in_half_precision(tmp_path, settings):
+    """BUG: in fp16, a run with nan_steps skip ended at the first NaN loss, and did not count skipped steps."""
+    run = trainer(tmp_path, objective=SpoilOne(3), max_steps=5, logging_steps=1, nan_steps="skip", **settings)
+    run.accelerate_state[1]["_mixed_precision"] = "fp16"
+    run.accelerator.native_amp, run.accelerator.scaler = True, torch.amp.GradScaler("cpu")
+    assert run.train().global_step == 5
+    logged = [(entry.get("skipped_steps", 0), math.isfinite(entry["grad_norm"])) for entry in run.state.log_history[:5]]
+    assert logged == [(0, True), (0, True), (1, False), (0, True), (0, True)]
+    assert run.accelerator.scaler.get_scale() == 2.0**15  # it was 2^16, and the scaler has halved it once
+
+
 @pytest.mark.parametrize("value", ["never", ""])
 def test_what_nan_steps_may_be(tmp_path, value):
     with pytest.raises(InputError, match="nan_steps is '.*'; it must be one of stop, skip"):

@@ -34,6 +34,9 @@ SHORT = 128
 # of 128 x 128 scores, and the other one tiles of 64 x 64. Forward and backward pass of BERT-base's attention with dropout, on
 # an H200: 1,170 texts of 18 tokens take 1.68 ms and 0.72 ms, 118 texts of 236 tokens take 0.70 ms and 1.38 ms.
 FLASH_TOKENS = 64
+# The largest number of numbers in a head for which flash attention has a backward pass with dropout on every GPU. On consumer
+# cards (compute capability 8.6, 8.9 and 12), that of larger heads ends in an error.
+FLASH_WIDTH = 192
 
 
 class CannotPack(NotImplementedError):
@@ -134,7 +137,7 @@ def gpu_kernel(device: torch.device, dtype: torch.dtype, width: int, long: bool)
         return None
     if torch.cuda.get_device_capability(device) < (8, 0):  # such as a T4, which computes bfloat16 without kernels for it
         return None if dtype == torch.bfloat16 else efficient_attention
-    return flash_attention if long and dtype != torch.float32 and width <= 256 else efficient_attention
+    return flash_attention if long and dtype != torch.float32 and width <= FLASH_WIDTH else efficient_attention
 
 
 def groups_of(lengths: tuple[int, ...]) -> list[tuple[int, int]]:

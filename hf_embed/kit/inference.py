@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ from hf_embed.progress import bars_shown
 from hf_embed.ranges import COUNT, check_ranges, setting
 from hf_embed.vector_files import filled, read_vectors
 
+# How long a process waits for the others. One may be done long before another, for which accelerate gives a GPU 10 minutes.
+WAIT = timedelta(hours=12)
 MODEL_HELP = "Folder or Hub name of the model. Default: the built-in quickstart encoder."
 
 
@@ -50,7 +53,7 @@ class FastEncodingArguments(EncodingArguments):
 
 def process_state() -> PartialState:
     """Return accelerate's state of this process: on its GPU, or on the CPU without a GPU or if the launcher sets `use_cpu`."""
-    return PartialState(cpu=on_cpu())
+    return PartialState(cpu=on_cpu(), timeout=WAIT)
 
 
 def load_for_encoding(name_or_path: str, flags: EncodingArguments, device: torch.device | str | None = None) -> Encoder:

@@ -247,7 +247,7 @@ class MaskFill:
             masked = [" ".join(mask if i in chosen[n] else word for i, word in enumerate(texts[n])) for n in part]
             inputs = self.tokenizer(masked, truncation=True, padding=True, return_tensors="pt").to(self.model.device)
             guesses = self.model(**inputs).logits.argmax(-1)
-            for n, ids, best in zip(part, inputs["input_ids"], guesses):
+            for n, ids, best in zip(part, inputs["input_ids"].cpu(), guesses.cpu()):  # the host waits for a GPU once
                 found = best[ids == self.tokenizer.mask_token_id]  # words after the truncation have no guess
                 for i, guess in zip(masks_of(texts[n], chosen[n], mask), self.tokenizer.convert_ids_to_tokens(found.tolist())):
                     word = self.tokenizer.convert_tokens_to_string([guess]).replace("##", "").strip()

@@ -387,7 +387,8 @@ class GuardedTrainer(CheckpointTrainer):
         """Return the gradient norm of a step, which is the same on every rank, and pass it to the watch."""
         norm = super()._get_grad_norm(model, grad_norm)
         self.watch.norm = None
-        if self.accelerator.mixed_precision != "fp16":  # the gradient scaler of fp16 already skips such steps
+        # The gradient scaler of fp16 skips such steps by itself. But it does not count them, and the watch would end the run.
+        if self.accelerator.mixed_precision != "fp16" or self.args.nan_steps == "skip":
             self.watch.norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # FSDP may leave it distributed
         return norm
 
