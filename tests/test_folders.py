@@ -15,7 +15,7 @@ import sentence_transformers.sentence_transformer.modules as st
 import torch
 from conftest import error_of, small_tokenizer, tiny_encoder, tiny_model
 from safetensors.torch import load_file, save_file
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import CrossEncoder, SentenceTransformer
 
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, InputError, SimCSE
 from hf_embed.evaluation.mteb import model_meta
@@ -353,6 +353,25 @@ def saved_with_chat_template(make):
     return plain.with_name("saved")
 
 
+def plain(architecture):
+    """Return what writes a checkpoint without files of sentence-transformers, whose config names this architecture."""
+
+    def build(make):
+        folder = plain_with_chat_template(make)
+        (folder / "chat_template.jinja").unlink()
+        edit(folder / "config.json", architectures=[architecture])
+        return folder
+
+    return build
+
+
+def cross_encoder(make):
+    """Let release 6 of sentence-transformers save a cross-encoder."""
+    folder = plain("BertForSequenceClassification")(make)
+    CrossEncoder(str(folder), num_labels=1, device="cpu").save_pretrained(str(folder.with_name("saved")))
+    return folder.with_name("saved")
+
+
 def dense_config(**changes):
     def build(make):
         folder = make(st.Pooling(32), dense(32, 8))
@@ -437,6 +456,10 @@ REFUSED = {  # name -> (function that builds the folder, a part of the error mes
     "chat template of a plain checkpoint": (
         plain_with_chat_template, "chat template to texts, which hf_embed does not support; set pooling",
     ),
+    # BUG: a cross-encoder was loaded as an embedding model, with mean pooling, and without a word.
+    "cross-encoder": (plain("BertForSequenceClassification"), "it is a BertForSequenceClassification (a cross-encoder,"),
+    "cross-encoder of release 6": (cross_encoder, 'model_type "CrossEncoder" in config_sentence_transformers.json; load it'),
+    "ColBERT": (plain("HF_ColBERT"), "it is a HF_ColBERT (a cross-encoder, classifier or multi-vector model)"),
     "1_Pooling without modules.json": (without_modules_json, "1_Pooling/config.json exists, but modules.json does not"),
     "do_lower_case of a cased tokenizer": (
         cased_tokenizer, "do_lower_case in sentence_bert_config.json; set it in tokenizer_config.json",
@@ -531,7 +554,7 @@ def test_it_says_that_the_head_is_left_out(make, caplog):
     assert len(encoder.dense) == 1
 
 
-@pytest.mark.parametrize("name", ["chat template of a plain checkpoint", "1_Pooling without modules.json"])
+@pytest.mark.parametrize("name", ["chat template of a plain checkpoint", "1_Pooling without modules.json", "cross-encoder"])
 def test_a_plain_checkpoint_with_a_pooling_given(make, name, caplog):
     encoder = Encoder.from_pretrained(REFUSED[name][0](make), pooling="cls")
     assert ("because modules.json does not exist" in caplog.text) == ("1_Pooling" in name)
@@ -542,9 +565,7 @@ def test_a_plain_checkpoint_with_a_pooling_given(make, name, caplog):
 
 
 def test_a_causal_language_model_is_pooled_as_sentence_transformers_does(make, caplog):
-    folder = plain_with_chat_template(make)
-    (folder / "chat_template.jinja").unlink()
-    edit(folder / "config.json", architectures=["BertForCausalLM"])
+    folder = plain("BertForCausalLM")(make)
     assert_same(Encoder.from_pretrained(folder).encode(TEXTS), load_st(folder).encode(TEXTS))
     assert "pooling is last" in caplog.text
 

@@ -137,7 +137,7 @@ def test_trained_saved_and_loaded_by_all(toy, ran, tmp_path):
         assert {path.name for path in folder.glob("*.py")} == CODE
         config = json.loads((folder / "config.json").read_text())
         assert config["auto_map"]["AutoModel"] == "modeling_toy.ToyModel"
-        # BUG: transformers does not save settings of these names (NeoBERT, Llama Nemotron), so a training ended in a ValueError.
+        # BUG: transformers does not save settings of these names (NeoBERT, Llama Nemotron), so a training ended in an error.
         assert (config["max_length"], config["temperature"]) == (64, 1.0)
     assert {path.name for path in model_files(out)} > CODE
     vectors = Encoder.from_pretrained(out, trust_remote_code=True).encode(TEXTS)
