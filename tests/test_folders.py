@@ -622,6 +622,25 @@ def test_control_prompts_count(make):
     assert np.abs(model.encode(TEXTS) - model.encode(TEXTS, prompt_name="document")).max() > 1e-2
 
 
+@pytest.mark.parametrize(
+    ("prompts", "unused"),
+    [
+        # BUG: these trained without a prompt before documents, or before queries too, and no message said so.
+        ({"query": "search_query: ", "passage": "search_document: ", "STS": "like: "}, "STS, passage"),  # nomic-embed-text-v2
+        ({"web_search_query": "find: ", "sts_query": "like: "}, "sts_query, web_search_query"),  # e5-mistral
+        ({"query": "search: ", "passage": "", "STS": "like: "}, None),
+        ({"query": "search: ", "document": "text: ", "passage": "text: "}, None),
+    ],
+)
+def test_prompts_of_other_names_are_named(make, prompts, unused, caplog):
+    folder = make(st.Pooling(32), prompts=prompts)
+    encoder = Encoder.from_pretrained(folder)
+    for text, kind in ((encoder.encode_query(TEXTS), "query"), (encoder.encode_document(TEXTS), "document")):
+        assert_same(text, encoder.encode([prompts.get(kind, "") + each for each in TEXTS]))
+    assert (f"not those named {unused}; rename" in caplog.text) is (unused is not None)
+    assert ("use only the prompts named" in caplog.text) is (unused is not None)
+
+
 @pytest.mark.parametrize("name", ["cosine", "dot", "euclidean", "manhattan"])
 def test_similarities(make, tmp_path, name, caplog):
     folder = make(st.Pooling(32), similarity_fn_name=name)

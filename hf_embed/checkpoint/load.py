@@ -93,6 +93,7 @@ def load_encoder(
             f"model '{name}': similarity() and mteb compare its vectors by {similarity}, the model's own similarity function; "
             "training and evaluation in hf_embed use the cosine"
         )
+    warn_of_other_prompts(name, settings.get("prompts", {}))
     encoder = cls(backbone, tokenizer, **settings, max_length=max_length).eval()
     if max_length is None:
         encoder.max_length = length_of(encoder, name, stated)
@@ -101,6 +102,17 @@ def load_encoder(
     if random := influences(encoder, missing):
         raise InputError(f"model '{name}': its weights file lacks {listed(random, 1)}, which would have random values; {MEND}")
     return encoder
+
+
+def warn_of_other_prompts(name: str, prompts: dict[str, str]) -> None:
+    """Warn if queries or documents get no prompt, because the model's prompts for them have other names."""
+    used = {key for key in ("query", "document") if prompts.get(key)}
+    others = [key for key, prompt in prompts.items() if prompt and key not in used]
+    if others and (not used or ("document" not in used and {"passage", "corpus"} & {*others})):
+        logger.warning(
+            f"model '{name}': training, evaluation, mining and search use only the prompts named query and document, not those "
+            f"named {', '.join(others)}; rename the right ones in config_sentence_transformers.json, or set prompts"
+        )
 
 
 def find_transformer(name: str, **hub: Any) -> dict[str, str]:
