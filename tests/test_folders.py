@@ -14,8 +14,10 @@ import pytest
 import sentence_transformers.sentence_transformer.modules as st
 import torch
 from conftest import error_of, small_tokenizer, tiny_encoder, tiny_model
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from sentence_transformers import CrossEncoder, SentenceTransformer
+from transformers import AutoModel, AutoTokenizer
 
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, InputError, SimCSE
 from hf_embed.evaluation.mteb import model_meta
@@ -683,6 +685,26 @@ def test_training_keeps_what_the_folder_says(make, tmp_path, caplog):
     assert_same(evaluated.numpy(), encoder.encode(TEXTS))
     trainer.save_model()
     assert_same(load_st(tmp_path / "out").encode(TEXTS), encoder.encode(TEXTS))
+
+
+def test_a_bare_model_says_which_settings_of_its_folder_are_not_used(make, tmp_path, caplog):
+    """BUG: without a word, Qwen3-Embedding was trained with mean pooling, and EmbeddingGemma without its dense layers."""
+    folder = make(st.Pooling(32, "cls"), dense(32, 8), st.Normalize(), prompts={"query": "q: "})
+    args = {"output_dir": str(tmp_path / "out"), "report_to": [], "use_cpu": True}
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    def said(model, **settings) -> str:
+        caplog.clear()
+        ContrastiveTrainer(model, ContrastiveTrainingArguments(**args, **settings), processing_class=tokenizer)
+        found = [message for message in caplog.messages if "AutoModel does not load" in message]
+        return found[0].partition(": ")[2].partition(" (")[0] if found else ""
+
+    names = ["pooling", "normalize", "prompts", "layers after the pooling"]
+    model = AutoModel.from_pretrained(folder)
+    assert said(model) == ", ".join(names)
+    assert said(model, pooling="mean", normalize=False, prompts={"query": "x: "}) == names[-1]
+    assert said(get_peft_model(model, LoraConfig(target_modules=["query"])), pooling="cls") == ", ".join(names[1:])
+    assert said(str(folder)) == said(Encoder.from_pretrained(folder)) == said(tiny_model()) == ""
 
 
 def load_for_a_recipe(folder, tmp_path, masked_lm=False, dropout=None):
