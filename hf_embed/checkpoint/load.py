@@ -4,11 +4,14 @@ import copy
 import logging
 import os
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from accelerate import init_empty_weights
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -191,6 +194,8 @@ def load_model(
             ) from error
         raise unreachable(name, error) from error
     check_weights(files, model, report)
+    if is_remote(model):
+        check_buffers(name, model, partial(model_class.from_config, config, trust_remote_code=trust_remote_code))
     return model, sorted(report["missing_keys"])
 
 
@@ -246,6 +251,27 @@ def check_weights(files: Files, model: PreTrainedModel, report: dict) -> None:
     for key, parameter in model.named_parameters():
         if not parameter.is_meta and parameter.is_floating_point() and not torch.isfinite(parameter).all():
             raise InputError(f"model '{name}': '{key}' has NaN or infinite values; use undamaged weights")
+
+
+def check_buffers(name: str, model: PreTrainedModel, make: Callable[..., PreTrainedModel]) -> None:
+    """Raise InputError if a loaded model with its own code has lost what it computes when it is made, and does not save.
+
+    Since version 5, transformers makes a model without values and then loads the weights. It leaves other buffers, such as
+    rotary frequencies, with random content, unless `_init_weights` of the model computes them again. `make` makes the model
+    from its configuration.
+    """
+    with init_empty_weights(include_buffers=False), quiet_libraries():  # parameters without values, which need no memory
+        made = dict(make(dtype=model.dtype).named_buffers())
+    saved = model.state_dict()
+    for key, buffer in model.named_buffers():
+        right = made.get(key)
+        if key in saved or right is None or right.shape != buffer.shape or right.is_meta or buffer.is_meta:
+            continue
+        if not torch.isclose(buffer.cpu(), right.to(buffer.dtype), rtol=1e-2, atol=1e-5, equal_nan=True).all():
+            raise InputError(
+                f"model '{name}': transformers {transformers.__version__} loads it without the values of '{key}', which its "
+                "own code computes, so its vectors would be random; use code of this model that is made for transformers 5"
+            )
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False, **kwargs: Any) -> PreTrainedTokenizerBase:
