@@ -208,6 +208,16 @@ def test_a_model_that_transformers_loads_without_its_buffers_is_refused(toy, tmp
     np.testing.assert_allclose(encoder.encode(TEXTS), expected, atol=1e-5)
 
 
+def test_code_with_a_loader_of_its_own_is_refused(toy, tmp_path):
+    """BUG: the code of nomic-embed-text-v1.5 ended in "cannot unpack non-iterable NomicBertModel object"."""
+    folder = shutil.copytree(toy, tmp_path / "own_loader")
+    loader = "    @classmethod\n    def from_pretrained(cls, name, *args, config, **options):\n        return cls(config)\n\n"
+    code = MODELING.replace("    def forward", loader + "    def forward", 1)
+    (folder / "modeling_toy.py").write_text(code)
+    message = error_of(Encoder.from_pretrained, folder, trust_remote_code=True)
+    assert "its own code replaces from_pretrained" in message and "leave out trust_remote_code" in message
+
+
 def test_a_model_that_is_loaded_already_has_its_permission(toy, tmp_path):
     model = AutoModel.from_pretrained(toy, trust_remote_code=True)
     run = trainer(tmp_path / "out", Encoder(model, small_tokenizer()), max_steps=1)

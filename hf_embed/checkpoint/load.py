@@ -182,7 +182,13 @@ def load_model(
         model_class = getattr(transformers, auto_class or loading_class(config))
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         with quiet_libraries():
-            model, report = model_class.from_pretrained(name, config=config, trust_remote_code=trust_remote_code, **kwargs)
+            loaded = model_class.from_pretrained(name, config=config, trust_remote_code=trust_remote_code, **kwargs)
+        if not isinstance(loaded, tuple):
+            raise InputError(
+                f"model '{name}': its own code replaces from_pretrained, so nothing tells whether its weights are complete; "
+                "leave out trust_remote_code (transformers has some such architectures, for example nomic_bert)"
+            )
+        model, report = loaded
     except InputError:
         raise
     except Exception as error:  # such as no network, no file, not JSON, a broken header, a missing package
