@@ -201,6 +201,8 @@ def test_a_model_that_transformers_loads_without_its_buffers_is_refused(toy, tmp
     if not computed_again:
         message = error_of(Encoder.from_pretrained, folder, trust_remote_code=True)
         assert "loads it without the values of 'rotary.values', which its own code computes" in message
+        bare = Encoder(AutoModel.from_pretrained(folder, trust_remote_code=True), small_tokenizer())
+        assert "loads it without the values of 'rotary.values'" in error_of(trainer, tmp_path / "out", bare)
         return
     encoder = Encoder.from_pretrained(folder, trust_remote_code=True)
     plain = Encoder.from_pretrained(toy, trust_remote_code=True)  # its states are twice those of BERT, plus 1
