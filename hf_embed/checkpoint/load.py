@@ -266,6 +266,8 @@ def check_buffers(name: str, model: PreTrainedModel, make: Callable[..., PreTrai
     rotary frequencies, with random content, unless `_init_weights` of the model computes them again. `make` makes the model
     from its configuration.
     """
+    if not all(parameter.numel() for parameter in model.parameters()):
+        return  # ZeRO-3 would take parts of the second model too
     with init_empty_weights(include_buffers=False), quiet_libraries():  # parameters without values, which need no memory
         made = dict(make(dtype=model.dtype).named_buffers())
     saved = model.state_dict()
