@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from hf_embed.activations import Activations, ChunkEncoder
-from hf_embed.adapters import check_adapters
+from hf_embed.adapters import check_adapters, has_adapters
 from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.checkpoint.model_files import Files
 from hf_embed.checkpoint.save import needs_runtime
@@ -285,9 +285,12 @@ def warn_of_settings_left_out(encoder: Encoder, given: dict[str, Any]) -> None:
     own = encoder.settings
     missed = [key for key in ("pooling", "normalize", "max_length", "prompts") if stated.get(key, own[key]) != own[key]]
     if lost := [key for key in missed if key not in given] + ["layers after the pooling"] * bool(stated.get("dense")):
+        mend = f"give model='{name}' in place of the loaded model"
+        if has_adapters(encoder.backbone):
+            mend = f"give encoder = Encoder.from_pretrained('{name}') with the adapters around encoder.backbone"
         logger.warning(
             f"AutoModel does not load these settings of '{name}', so they are not used: {', '.join(lost)} (the pooling is now "
-            f"{own['pooling']}); give model='{name}' in place of the loaded model, or set them"
+            f"{own['pooling']}); {mend}, or set them"
         )
 
 

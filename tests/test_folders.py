@@ -704,6 +704,7 @@ def test_a_bare_model_says_which_settings_of_its_folder_are_not_used(make, tmp_p
     assert said(model) == ", ".join(names)
     assert said(model, pooling="mean", normalize=False, prompts={"query": "x: "}) == names[-1]
     assert said(get_peft_model(model, LoraConfig(target_modules=["query"])), pooling="cls") == ", ".join(names[1:])
+    assert "with the adapters around encoder.backbone" in caplog.text
     assert said(str(folder)) == said(Encoder.from_pretrained(folder)) == said(tiny_model()) == ""
 
 
