@@ -16,7 +16,7 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 from transformers.utils import PushInProgress, cached_file
 
 if TYPE_CHECKING:
@@ -67,6 +67,15 @@ def plain_attention(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for config, attention in zip(configs, chosen):
             config._attn_implementation = attention
+
+
+def keep_own_settings(config: PreTrainedConfig) -> None:
+    """Let the config of a model with its own code be saved with settings such as `max_length` and `temperature`.
+
+    transformers takes settings of these names for options of text generation, and refuses to save a config that has them.
+    """
+    kind: Any = type(config)
+    kind._get_generation_parameters = lambda config: {}
 
 
 def saves_its_code(kind: type) -> bool:

@@ -14,6 +14,7 @@ Shapes: N texts, S tokens in total. A chunk has b texts of T tokens. D is the wi
 import logging
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -22,15 +23,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from hf_embed.adapters import check_adapters
+from hf_embed.adapters import check_adapters, has_adapters
 from hf_embed.arguments import ContrastiveTrainingArguments
+from hf_embed.checkpoint.model_files import Files
 from hf_embed.checkpoint.save import needs_runtime
+from hf_embed.checkpoint.settings import read_settings
 from hf_embed.checkpoint.verify import verify_loadable
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.forward.activations import Activations, ChunkEncoder
 from hf_embed.forward.chunking import default_chunk_tokens, encode_in_chunks
 from hf_embed.forward.packing import Packing, precision
+from hf_embed.hub_access import find_model
 from hf_embed.library_internals import CHECKPOINTING, layers_to_wrap
 from hf_embed.objectives.base import Objective
 from hf_embed.pooling import POOLINGS
@@ -262,12 +266,33 @@ def make_encoder(
         encoder = model if same else Encoder(model.backbone, tokenizer, **(own | given))
     else:
         encoder = Encoder(model, tokenizer, **given)
+        warn_of_settings_left_out(encoder, given)
     if any(p.dtype in (torch.float16, torch.bfloat16) for p in encoder.backbone.parameters() if p.requires_grad):
         logger.warning(
             "the weights to train are in half precision, so every update would be rounded to it; load the model with "
             "dtype=torch.float32 and set bf16=True for speed"
         )
     return encoder
+
+
+def warn_of_settings_left_out(encoder: Encoder, given: dict[str, Any]) -> None:
+    """Warn if the model comes from an embedding model with settings that AutoModel does not load and that are not `given`."""
+    name, stated = encoder.config.name_or_path, {}
+    # The folder may be gone, the Hub out of reach, a setting unsupported here, or the weights not yet in memory (FSDP).
+    with suppress(InputError, OSError, RuntimeError):
+        hub: dict[str, Any] = find_model(name) if name else {}
+        if name and Files(name, **hub).path("modules.json"):
+            stated = read_settings(name, encoder.base, encoder.tokenizer, **hub)
+    own = encoder.settings
+    missed = [key for key in ("pooling", "normalize", "max_length", "prompts") if stated.get(key, own[key]) != own[key]]
+    if lost := [key for key in missed if key not in given] + ["layers after the pooling"] * bool(stated.get("dense")):
+        mend = f"give model='{name}' in place of the loaded model"
+        if has_adapters(encoder.backbone):
+            mend = f"give encoder = Encoder.from_pretrained('{name}') with the adapters around encoder.backbone"
+        logger.warning(
+            f"AutoModel does not load these settings of '{name}', so they are not used: {', '.join(lost)} (the pooling is now "
+            f"{own['pooling']}); {mend}, or set them"
+        )
 
 
 def check_one_device(model: PreTrainedModel) -> None:

@@ -13,7 +13,7 @@ from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel, PreTr
 from hf_embed.adapters import base_of, check_kinds, has_adapters
 from hf_embed.encoding import room_for_text
 from hf_embed.errors import InputError
-from hf_embed.library_internals import saves_its_code, uncompiled
+from hf_embed.library_internals import keep_own_settings, saves_its_code, uncompiled
 from hf_embed.ranges import COUNT, out_of_range
 
 logger = logging.getLogger(__name__)
@@ -40,10 +40,14 @@ def loading_class(config: PreTrainedConfig) -> str:
 def text_encoder(model: PreTrainedModel) -> PreTrainedModel:
     """Return the model that encodes text: of T5 and similar models the encoder, with the same weights; else the model itself.
 
+    If the config has its own code, it can be saved afterwards with any settings.
+
     Raises:
         InputError: if the model is an encoder-decoder without a class for its encoder, such as BART, or one with PEFT adapters.
     """
     config, kind = model.config, type(model).__name__
+    if is_remote(config):
+        keep_own_settings(config)
     encoder_class = ENCODERS.get(config.model_type)
     if encoder_class == kind or not getattr(config, "is_encoder_decoder", False):
         return model

@@ -14,8 +14,10 @@ import pytest
 import sentence_transformers.sentence_transformer.modules as st
 import torch
 from conftest import error_of, small_tokenizer, tiny_encoder, tiny_model
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import CrossEncoder, SentenceTransformer
+from transformers import AutoModel, AutoTokenizer
 
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, InputError, SimCSE
 from hf_embed.evaluation.mteb import model_meta
@@ -353,6 +355,25 @@ def saved_with_chat_template(make):
     return plain.with_name("saved")
 
 
+def plain(architecture):
+    """Return what writes a checkpoint without files of sentence-transformers, whose config names this architecture."""
+
+    def build(make):
+        folder = plain_with_chat_template(make)
+        (folder / "chat_template.jinja").unlink()
+        edit(folder / "config.json", architectures=[architecture])
+        return folder
+
+    return build
+
+
+def cross_encoder(make):
+    """Let release 6 of sentence-transformers save a cross-encoder."""
+    folder = plain("BertForSequenceClassification")(make)
+    CrossEncoder(str(folder), num_labels=1, device="cpu").save_pretrained(str(folder.with_name("saved")))
+    return folder.with_name("saved")
+
+
 def dense_config(**changes):
     def build(make):
         folder = make(st.Pooling(32), dense(32, 8))
@@ -437,6 +458,10 @@ REFUSED = {  # name -> (function that builds the folder, a part of the error mes
     "chat template of a plain checkpoint": (
         plain_with_chat_template, "chat template to texts, which hf_embed does not support; set pooling",
     ),
+    # BUG: a cross-encoder was loaded as an embedding model, with mean pooling, and without a word.
+    "cross-encoder": (plain("BertForSequenceClassification"), "it is a BertForSequenceClassification (a cross-encoder,"),
+    "cross-encoder of release 6": (cross_encoder, 'model_type "CrossEncoder" in config_sentence_transformers.json; load it'),
+    "ColBERT": (plain("HF_ColBERT"), "it is a HF_ColBERT (a cross-encoder, classifier or multi-vector model)"),
     "1_Pooling without modules.json": (without_modules_json, "1_Pooling/config.json exists, but modules.json does not"),
     "do_lower_case of a cased tokenizer": (
         cased_tokenizer, "do_lower_case in sentence_bert_config.json; set it in tokenizer_config.json",
@@ -531,7 +556,7 @@ def test_it_says_that_the_head_is_left_out(make, caplog):
     assert len(encoder.dense) == 1
 
 
-@pytest.mark.parametrize("name", ["chat template of a plain checkpoint", "1_Pooling without modules.json"])
+@pytest.mark.parametrize("name", ["chat template of a plain checkpoint", "1_Pooling without modules.json", "cross-encoder"])
 def test_a_plain_checkpoint_with_a_pooling_given(make, name, caplog):
     encoder = Encoder.from_pretrained(REFUSED[name][0](make), pooling="cls")
     assert ("because modules.json does not exist" in caplog.text) == ("1_Pooling" in name)
@@ -542,9 +567,7 @@ def test_a_plain_checkpoint_with_a_pooling_given(make, name, caplog):
 
 
 def test_a_causal_language_model_is_pooled_as_sentence_transformers_does(make, caplog):
-    folder = plain_with_chat_template(make)
-    (folder / "chat_template.jinja").unlink()
-    edit(folder / "config.json", architectures=["BertForCausalLM"])
+    folder = plain("BertForCausalLM")(make)
     assert_same(Encoder.from_pretrained(folder).encode(TEXTS), load_st(folder).encode(TEXTS))
     assert "pooling is last" in caplog.text
 
@@ -601,6 +624,25 @@ def test_control_prompts_count(make):
     assert np.abs(model.encode(TEXTS) - model.encode(TEXTS, prompt_name="document")).max() > 1e-2
 
 
+@pytest.mark.parametrize(
+    ("prompts", "unused"),
+    [
+        # BUG: these trained without a prompt before documents, or before queries too, and no message said so.
+        ({"query": "search_query: ", "passage": "search_document: ", "STS": "like: "}, "STS, passage"),  # nomic-embed-text-v2
+        ({"web_search_query": "find: ", "sts_query": "like: "}, "sts_query, web_search_query"),  # e5-mistral
+        ({"query": "search: ", "passage": "", "STS": "like: "}, None),
+        ({"query": "search: ", "document": "text: ", "passage": "text: "}, None),
+    ],
+)
+def test_prompts_of_other_names_are_named(make, prompts, unused, caplog):
+    folder = make(st.Pooling(32), prompts=prompts)
+    encoder = Encoder.from_pretrained(folder)
+    for text, kind in ((encoder.encode_query(TEXTS), "query"), (encoder.encode_document(TEXTS), "document")):
+        assert_same(text, encoder.encode([prompts.get(kind, "") + each for each in TEXTS]))
+    assert (f"not those named {unused}; rename" in caplog.text) is (unused is not None)
+    assert ("use only the prompts named" in caplog.text) is (unused is not None)
+
+
 @pytest.mark.parametrize("name", ["cosine", "dot", "euclidean", "manhattan"])
 def test_similarities(make, tmp_path, name, caplog):
     folder = make(st.Pooling(32), similarity_fn_name=name)
@@ -643,6 +685,27 @@ def test_training_keeps_what_the_folder_says(make, tmp_path, caplog):
     assert_same(evaluated.numpy(), encoder.encode(TEXTS))
     trainer.save_model()
     assert_same(load_st(tmp_path / "out").encode(TEXTS), encoder.encode(TEXTS))
+
+
+def test_a_bare_model_says_which_settings_of_its_folder_are_not_used(make, tmp_path, caplog):
+    """BUG: without a word, Qwen3-Embedding was trained with mean pooling, and EmbeddingGemma without its dense layers."""
+    folder = make(st.Pooling(32, "cls"), dense(32, 8), st.Normalize(), prompts={"query": "q: "})
+    args = {"output_dir": str(tmp_path / "out"), "report_to": [], "use_cpu": True}
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    def said(model, **settings) -> str:
+        caplog.clear()
+        ContrastiveTrainer(model, ContrastiveTrainingArguments(**args, **settings), processing_class=tokenizer)
+        found = [message for message in caplog.messages if "AutoModel does not load" in message]
+        return found[0].partition(": ")[2].partition(" (")[0] if found else ""
+
+    names = ["pooling", "normalize", "prompts", "layers after the pooling"]
+    model = AutoModel.from_pretrained(folder)
+    assert said(model) == ", ".join(names)
+    assert said(model, pooling="mean", normalize=False, prompts={"query": "x: "}) == names[-1]
+    assert said(get_peft_model(model, LoraConfig(target_modules=["query"])), pooling="cls") == ", ".join(names[1:])
+    assert "with the adapters around encoder.backbone" in caplog.text
+    assert said(str(folder)) == said(Encoder.from_pretrained(folder)) == said(tiny_model()) == ""
 
 
 def load_for_a_recipe(folder, tmp_path, masked_lm=False, dropout=None):

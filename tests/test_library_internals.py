@@ -7,6 +7,7 @@ import argparse
 import ast
 import concurrent.futures
 import inspect
+import json
 import types
 from datetime import timedelta
 from pathlib import Path
@@ -75,6 +76,16 @@ def test_attention_backend():
 
 def test_automodel_asks_the_public_mapping():
     assert AutoModel._model_mapping is MODEL_MAPPING  # so `MODEL_MAPPING` tells which class AutoModel chooses for a config
+
+
+def test_keep_own_settings(tmp_path):
+    config = type("ToyConfig", (BertConfig,), {})()
+    config.max_length = 64
+    with pytest.raises(ValueError, match="generation parameters"):
+        config.save_pretrained(tmp_path)
+    internals.keep_own_settings(config)
+    config.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["max_length"] == 64
 
 
 class ToyModel(BertModel):

@@ -42,6 +42,10 @@ Path({ran!r}).touch()
 
 class ToyConfig(BertConfig):
     model_type = "toy-of-the-tests"
+
+    def __init__(self, max_length=64, temperature=1.0, **settings):
+        self.max_length, self.temperature = max_length, temperature
+        super().__init__(**settings)
 """
 MODELING = """
 from transformers import BertForMaskedLM, BertModel
@@ -69,6 +73,33 @@ PARTS = """
 def doubled(output):
     output.last_hidden_state = output.last_hidden_state * 2 + 1
     return output
+"""
+# A model that computes numbers when it is made, and does not save them.
+ROTARY = """
+import torch
+from transformers import BertModel
+
+
+def frequencies():
+    return 100.0 ** -(torch.arange(32) / 32)
+
+
+class Frequencies(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("values", frequencies(), persistent=False)
+
+
+class Rotary(BertModel):
+    def __init__(self, config, **more):
+        super().__init__(config, **more)
+        self.rotary = Frequencies()
+        self.post_init()
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if {again} and isinstance(module, Frequencies):
+            module.values.copy_(frequencies())
 """
 CODE = {"configuration_toy.py", "modeling_toy.py", "parts_toy.py"}
 
@@ -131,7 +162,10 @@ def test_trained_saved_and_loaded_by_all(toy, ran, tmp_path):
     assert ran.exists() and results["train"]["steps"] == 2
     for folder in (out, out / "checkpoint-2"):
         assert {path.name for path in folder.glob("*.py")} == CODE
-        assert json.loads((folder / "config.json").read_text())["auto_map"]["AutoModel"] == "modeling_toy.ToyModel"
+        config = json.loads((folder / "config.json").read_text())
+        assert config["auto_map"]["AutoModel"] == "modeling_toy.ToyModel"
+        # BUG: transformers does not save settings of these names (NeoBERT, Llama Nemotron), so a training ended in an error.
+        assert (config["max_length"], config["temperature"]) == (64, 1.0)
     assert {path.name for path in model_files(out)} > CODE
     vectors = Encoder.from_pretrained(out, trust_remote_code=True).encode(TEXTS)
     np.testing.assert_allclose(SentenceTransformer(str(out), trust_remote_code=True).encode(TEXTS), vectors, atol=1e-5)
@@ -153,6 +187,37 @@ def test_permission_reaches_every_way_of_training(toy, tmp_path, more):
     sup(*argv(toy, tmp_path, "--trust_remote_code", "--max_steps", 1, *more))
     assert {path.name for path in (tmp_path / "out").glob("*.py")} == CODE
     assert Encoder.from_pretrained(tmp_path / "out", trust_remote_code=True).encode(TEXTS).shape == (3, 32)
+
+
+@pytest.mark.parametrize("computed_again", [False, True])
+def test_a_model_that_transformers_loads_without_its_buffers_is_refused(toy, tmp_path, computed_again, monkeypatch):
+    """BUG: gte-large-en-v1.5 and others were loaded with random rotary frequencies, as they are by sentence-transformers."""
+    folder = shutil.copytree(toy, tmp_path / f"buffers_{computed_again}")  # its name is that of the module
+    like = torch.full_like  # memory without values could hold the right ones by chance
+    monkeypatch.setattr(torch, "empty_like", lambda tensor, **options: like(tensor, 7, **options))
+    code = ROTARY.format(again=computed_again) + MODELING.replace("ToyModel(BertModel):", "ToyModel(Rotary):")
+    (folder / "modeling_toy.py").write_text(code.replace("**kwargs))", "**kwargs), self.rotary.values)"))
+    (folder / "parts_toy.py").write_text(PARTS.replace("(output)", "(output, by)").replace("* 2 + 1", "* by"))
+    if not computed_again:
+        message = error_of(Encoder.from_pretrained, folder, trust_remote_code=True)
+        assert "loads it without the values of 'rotary.values', which its own code computes" in message
+        bare = Encoder(AutoModel.from_pretrained(folder, trust_remote_code=True), small_tokenizer())
+        assert "loads it without the values of 'rotary.values'" in error_of(trainer, tmp_path / "out", bare)
+        return
+    encoder = Encoder.from_pretrained(folder, trust_remote_code=True)
+    plain = Encoder.from_pretrained(toy, trust_remote_code=True)  # its states are twice those of BERT, plus 1
+    expected = (plain.encode(TEXTS) - 1) / 2 * (100.0 ** -(np.arange(32) / 32))
+    np.testing.assert_allclose(encoder.encode(TEXTS), expected, atol=1e-5)
+
+
+def test_code_with_a_loader_of_its_own_is_refused(toy, tmp_path):
+    """BUG: the code of nomic-embed-text-v1.5 ended in "cannot unpack non-iterable NomicBertModel object"."""
+    folder = shutil.copytree(toy, tmp_path / "own_loader")
+    loader = "    @classmethod\n    def from_pretrained(cls, name, *args, config, **options):\n        return cls(config)\n\n"
+    code = MODELING.replace("    def forward", loader + "    def forward", 1)
+    (folder / "modeling_toy.py").write_text(code)
+    message = error_of(Encoder.from_pretrained, folder, trust_remote_code=True)
+    assert "its own code replaces from_pretrained" in message and "leave out trust_remote_code" in message
 
 
 def test_a_model_that_is_loaded_already_has_its_permission(toy, tmp_path):

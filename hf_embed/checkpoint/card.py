@@ -402,9 +402,8 @@ def served_otherwise(encoder: Encoder) -> str:
     simple = find_pooling(pooling.flag)
     mend = "" if simple == pooling.name else f", or train with the pooling {simple}"
     return (
-        "Servers that read only 1_Pooling/config.json, such as text-embeddings-inference, use the pooling "
-        f"{pooling.mode} and ignore {' and '.join(unread)}, so their vectors differ from those of this model (pooling "
-        f"{pooling.name}); load the model as its card shows{mend}."
+        f"Servers that read only 1_Pooling/config.json use the pooling {pooling.mode} and ignore {' and '.join(unread)}, so "
+        f"their vectors differ from those of this model (pooling {pooling.name}); load the model as its card shows{mend}."
     )
 
 

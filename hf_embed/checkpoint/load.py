@@ -4,11 +4,14 @@ import copy
 import logging
 import os
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from accelerate import init_empty_weights
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -93,6 +96,7 @@ def load_encoder(
             f"model '{name}': similarity() and mteb compare its vectors by {similarity}, the model's own similarity function; "
             "training and evaluation in hf_embed use the cosine"
         )
+    warn_of_other_prompts(name, settings.get("prompts", {}))
     encoder = cls(backbone, tokenizer, **settings, max_length=max_length).eval()
     if max_length is None:
         encoder.max_length = length_of(encoder, name, stated)
@@ -101,6 +105,17 @@ def load_encoder(
     if random := influences(encoder, missing):
         raise InputError(f"model '{name}': its weights file lacks {listed(random, 1)}, which would have random values; {MEND}")
     return encoder
+
+
+def warn_of_other_prompts(name: str, prompts: dict[str, str]) -> None:
+    """Warn if queries or documents get no prompt, because the model's prompts for them have other names."""
+    used = {key for key in ("query", "document") if prompts.get(key)}
+    others = [key for key, prompt in prompts.items() if prompt and key not in used]
+    if others and (not used or ("document" not in used and {"passage", "corpus"} & {*others})):
+        logger.warning(
+            f"model '{name}': training, evaluation, mining and search use only the prompts named query and document, not those "
+            f"named {', '.join(others)}; rename the right ones in config_sentence_transformers.json, or set prompts"
+        )
 
 
 def find_transformer(name: str, **hub: Any) -> dict[str, str]:
@@ -167,7 +182,13 @@ def load_model(
         model_class = getattr(transformers, auto_class or loading_class(config))
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         with quiet_libraries():
-            model, report = model_class.from_pretrained(name, config=config, trust_remote_code=trust_remote_code, **kwargs)
+            loaded = model_class.from_pretrained(name, config=config, trust_remote_code=trust_remote_code, **kwargs)
+        if not isinstance(loaded, tuple):
+            raise InputError(
+                f"model '{name}': its own code replaces from_pretrained, so nothing tells whether its weights are complete; "
+                "leave out trust_remote_code (transformers has some such architectures, for example nomic_bert)"
+            )
+        model, report = loaded
     except InputError:
         raise
     except Exception as error:  # such as no network, no file, not JSON, a broken header, a missing package
@@ -179,6 +200,8 @@ def load_model(
             ) from error
         raise unreachable(name, error) from error
     check_weights(files, model, report)
+    if is_remote(model):
+        check_buffers(name, model, partial(model_class.from_config, config, trust_remote_code=trust_remote_code))
     return model, sorted(report["missing_keys"])
 
 
@@ -234,6 +257,29 @@ def check_weights(files: Files, model: PreTrainedModel, report: dict) -> None:
     for key, parameter in model.named_parameters():
         if not parameter.is_meta and parameter.is_floating_point() and not torch.isfinite(parameter).all():
             raise InputError(f"model '{name}': '{key}' has NaN or infinite values; use undamaged weights")
+
+
+def check_buffers(name: str, model: PreTrainedModel, make: Callable[..., PreTrainedModel]) -> None:
+    """Raise InputError if a loaded model with its own code has lost what it computes when it is made, and does not save.
+
+    Since version 5, transformers makes a model without values and then loads the weights. It leaves other buffers, such as
+    rotary frequencies, with random content, unless `_init_weights` of the model computes them again. `make` makes the model
+    from its configuration.
+    """
+    if not all(parameter.numel() for parameter in model.parameters()):
+        return  # ZeRO-3 would take parts of the second model too
+    with init_empty_weights(include_buffers=False), quiet_libraries():  # parameters without values, which need no memory
+        made = dict(make(dtype=model.dtype).named_buffers())
+    saved = model.state_dict()
+    for key, buffer in model.named_buffers():
+        right = made.get(key)
+        if key in saved or right is None or right.shape != buffer.shape or right.is_meta or buffer.is_meta:
+            continue
+        if not torch.isclose(buffer.cpu(), right.to(buffer.dtype), rtol=1e-2, atol=1e-5, equal_nan=True).all():
+            raise InputError(
+                f"model '{name}': transformers {transformers.__version__} loads it without the values of '{key}', which its "
+                "own code computes, so its vectors would be random; use code of this model that is made for transformers 5"
+            )
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False, **kwargs: Any) -> PreTrainedTokenizerBase:

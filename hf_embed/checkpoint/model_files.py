@@ -107,7 +107,7 @@ class Files:
 
     def check_keys(self, file: str, config: dict[str, Any], keys: dict[str, Allowed]) -> None:
         """Raise InputError for a key or a value in `config` that `keys` does not allow. Empty values are always allowed."""
-        for key, value in config.items():
+        for key, value in sorted(config.items(), key=lambda item: item[0] not in keys):  # model_type says most
             allowed = keys.get(key, EMPTY)
             if not (value in allowed if isinstance(allowed, list) else isinstance(value, allowed) or value in EMPTY):
                 shown = json.dumps(value)

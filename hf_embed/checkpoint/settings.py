@@ -58,6 +58,7 @@ def read_settings(
     modules = read_modules(files)
     if modules is None:
         return plain_settings(files, backbone, tokenizer, pooling)
+    shared = read_model_config(files)
     own = own_pooling(files, modules, backbone, pooling)
     dense = of_kind(modules, DenseModule)
     if own is not None and POOLINGS[own].model_pooler:
@@ -76,7 +77,7 @@ def read_settings(
     settings: Settings = {"pooling": pooling or own, "normalize": bool(of_kind(modules, NormalizeModule))}
     settings["dense"] = read_dense_layers(files, dense, backbone)
     (transformer,) = of_kind(modules, TransformerModule)
-    return settings | read_transformer(files, transformer, backbone, tokenizer) | read_model_config(files)
+    return settings | read_transformer(files, transformer, backbone, tokenizer) | shared
 
 
 def plain_settings(
@@ -87,7 +88,8 @@ def plain_settings(
     sentence-transformers has defaults for such a checkpoint, mostly mean pooling.
 
     Raises:
-        InputError: if `pooling` is not given and the defaults of sentence-transformers are unclear or not supported here.
+        InputError: if `pooling` is not given, and the model is no embedding model, or the defaults of sentence-transformers are
+            unclear or not supported here.
     """
     left = [file for file in ("1_Pooling/config.json", MODEL_CONFIG) if files.path(file)]
     if left and pooling is None:
@@ -101,13 +103,18 @@ def plain_settings(
         )
     if pooling is not None:
         return {"pooling": pooling}
+    kind = (getattr(backbone.config, "architectures", None) or [""])[0]
+    if kind.endswith(("ForSequenceClassification", "ColBERT")):
+        raise InputError(
+            f"model '{files.name}': it is a {kind} (a cross-encoder, classifier or multi-vector model), not an embedding "
+            "model; set pooling to make one of its weights"
+        )
     if getattr(tokenizer, "chat_template", None):
         raise InputError(
             f"model '{files.name}': sentence-transformers applies its chat template to texts, which hf_embed does not support; "
             "set pooling (for a decoder: last) to use the texts as they are"
         )
-    architectures = getattr(backbone.config, "architectures", None) or [""]
-    if architectures[0].endswith("ForCausalLM") and getattr(backbone.config, "is_causal", True):
+    if kind.endswith("ForCausalLM") and getattr(backbone.config, "is_causal", True):
         logger.warning(f"model '{files.name}': it is a causal language model, so pooling is last, as in sentence-transformers")
         return {"pooling": "last"}
     return {}

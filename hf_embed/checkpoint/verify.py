@@ -13,14 +13,14 @@ from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedCon
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from hf_embed.adapters import has_adapters, in_4_bits, merged_shape
-from hf_embed.checkpoint.load import own_config
+from hf_embed.checkpoint.load import check_buffers, own_config
 from hf_embed.checkpoint.settings import read_settings
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.forward.check import TEXTS, undisturbed, without_flash
 from hf_embed.pooling import POOLINGS, pool, saved_pooling
 from hf_embed.progress import silent_libraries
-from hf_embed.text_models import loaded_classes, loading_class
+from hf_embed.text_models import is_remote, loaded_classes, loading_class
 
 Encode = Callable[[list[str]], Tensor]  # from N texts to their vectors (N, D), on the CPU
 # The largest allowed difference between two vectors, as a share of their norm.
@@ -153,8 +153,11 @@ def verify_loadable(encoder: Encoder) -> None:
     This check runs before training, so that a long run does not end with a model that cannot be loaded.
 
     Raises:
-        InputError: as `load_saved_tokenizer` and `verify_layers` do.
+        InputError: as `load_saved_tokenizer`, `verify_layers` and `check_buffers` do.
     """
+    base = encoder.base
+    if is_remote(base) and base.dtype == torch.float32:
+        check_buffers(type(base).__name__, base, lambda dtype: type(base)(copy.deepcopy(base.config)))
     with tempfile.TemporaryDirectory() as folder, silent_libraries():
         own_config(encoder.base).save_pretrained(folder)
         encoder.tokenizer.save_pretrained(folder)
