@@ -215,7 +215,7 @@ class ContrastiveTrainer(GuardedTrainer):
         args, input_ids, text_ids = self.args, inputs["input_ids"], inputs["text_ids"]
         mlm = None if self.step.mlm_head is None else mask_tokens(input_ids, self.encoder.tokenizer)
         outputs = model(input_ids, inputs["lengths"], args.chunk_tokens, self.begin_caching(), mlm)
-        rows = to_rows(outputs["embeddings"], inputs["slots"], text_ids.shape)  # (B, V, D)
+        rows = to_rows(outputs["embeddings"], inputs["slots"], text_ids.shape, self.encoder.normalize)  # (B, V, D)
         first_row = args.process_index * len(rows)
         given = {"temperature": outputs["temperature"]} if "temperature" in outputs else {}
         objective = self.objectives[inputs["source"]]

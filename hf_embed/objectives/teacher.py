@@ -127,7 +127,8 @@ class MarginMSE(Objective):
     its margin is 1, and the loss is (1 - 4)^2 = 9.
 
     Args:
-        similarity: s. "dot" is the dot product, as in the paper, for the scores of a reranker, which may be of any size.
+        similarity: s. "dot" is the dot product, as in the paper, for the scores of a reranker, which may be of any size. It
+            needs a model that does not return unit vectors (`normalize=False` in the arguments), whose dot products are cosines.
             "cosine" is for a teacher whose scores are cosine similarities.
 
     Raises:
