@@ -162,6 +162,15 @@ def refuse_attribute(name: str) -> None:
         raise AttributeError(f"Encoder has no attribute '{name}'; use {ATTRIBUTES[name]}")
 
 
+def check_encoder(model: Any) -> None:
+    """Raise InputError if `model` is not an `Encoder` but, for example, a name or a model of another library."""
+    if not isinstance(model, WithSettings):
+        raise InputError(
+            f"the model is a {type(model).__name__}; give an Encoder, for example Encoder.from_pretrained(NAME), or "
+            "trainer.encoder after a training"
+        )
+
+
 def checked_prompts(prompts: Any) -> dict[str, str]:
     """Return a copy of prompts by name; None means no prompts. Raise InputError if they are anything else."""
     prompts = {} if prompts is None else prompts

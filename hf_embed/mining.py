@@ -54,6 +54,7 @@ from hf_embed.data.python_rows import RowData, as_rows, refuse_paths
 from hf_embed.data.sources import FILL_IN, texts_of
 from hf_embed.distributed import get_rank, get_world_size, on_cpu
 from hf_embed.encoder import Encoder
+from hf_embed.encoding import check_encoder
 from hf_embed.errors import InputError
 from hf_embed.evaluation.rows import as_list
 from hf_embed.evaluation.tasks import Embed
@@ -151,6 +152,7 @@ def mine_hard_negatives(
     known = {rule.name for rule in fields(MiningArguments)}
     if unknown := sorted(set(rules) - known):
         raise TypeError(f"mine_hard_negatives() has no argument '{unknown[0]}'; the rules are {', '.join(sorted(known))}")
+    check_encoder(encoder)
     args = MiningArguments(**rules)
     if output_file is None and get_world_size() > 1:
         raise InputError("mine_hard_negatives runs on several ranks; give an output_file that all of them can write")

@@ -18,6 +18,7 @@ from conftest import error_of, small_tokenizer, tiny_encoder, tiny_model
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
+import hf_embed
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, InputError, SimCSE
 from hf_embed.evaluation.mteb import model_meta
 from hf_embed.kit.models import load_model
@@ -532,6 +533,20 @@ def test_attributes_of_sentence_transformers_are_refused_with_ours(name, mend):
         with pytest.raises(AttributeError, match=re.escape(f"Encoder has no attribute '{name}'; use {mend}")):
             use()
     assert not hasattr(encoder, name)
+
+
+def test_what_is_no_encoder_is_refused_with_the_mend(tmp_path):
+    """BUG: the functions ended in errors such as "'str' object has no attribute 'config'"."""
+    rows = [("a cat", "cats"), ("a dog", "dogs")]
+    for model in (tiny_model(), "NAME"):
+        for call in (
+            lambda model: hf_embed.mine_hard_negatives(rows, model),
+            lambda model: hf_embed.write_vectors(model, ["a"], tmp_path / "out.npy"),
+            lambda model: hf_embed.write_card(model, tmp_path),
+            lambda model: hf_embed.export_onnx(model, tmp_path / "out"),
+        ):
+            message = f"the model is a {type(model).__name__}; give an Encoder, for example Encoder.from_pretrained(NAME)"
+            assert message in error_of(call, model)
 
 
 # ---- a pooling that the caller gives ----

@@ -27,6 +27,7 @@ from hf_embed.checkpoint.tables import Results
 from hf_embed.checkpoint.verify import TOLERANCE
 from hf_embed.disk import check_folder, disk_errors
 from hf_embed.encoder import Encoder
+from hf_embed.encoding import check_encoder
 from hf_embed.errors import InputError, in_short
 from hf_embed.forward_check import TEXTS, TOLERANCES
 from hf_embed.pooling import POOLINGS, states_to_pool
@@ -80,6 +81,7 @@ def export_onnx(
             their norm. No ONNX file is then written.
         DiskError: if the disk is full or a file may not be written.
     """
+    check_encoder(encoder)
     folder = Path(folder)
     check_output(folder, overwrite)
     with disk_errors(folder):

@@ -128,8 +128,8 @@ class MarginMSE(Objective):
 
     Args:
         similarity: s. "dot" is the dot product, as in the paper, for the scores of a reranker, which may be of any size. It
-            needs a model that does not return unit vectors (`normalize=False` in the arguments), whose dot products are cosines.
-            "cosine" is for a teacher whose scores are cosine similarities.
+            needs a model that does not return unit vectors, whose dot products are cosines: set `normalize=False` in the
+            arguments. "cosine" is for a teacher whose scores are cosine similarities.
 
     Raises:
         InputError: if the similarity is unknown.
