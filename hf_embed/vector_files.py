@@ -62,8 +62,8 @@ def write_vectors(
             texts or other options, if a text is empty, or if a vector is not finite.
     """
     check_encoder(encoder)
-    if isinstance(texts, str) or not isinstance(texts, Sequence):  # a text or an iterator cannot be counted or read in parts
-        texts = text_list(texts)
+    # a text or an iterator cannot be counted or read in parts
+    texts = texts if isinstance(texts, Sequence) and not isinstance(texts, str) else text_list(texts)
     output = Path(output_file)
     if output.suffix != ".npy":
         raise InputError(f"{output}: vectors are written as .npy files; name the file {output.with_suffix('.npy')}")
