@@ -29,7 +29,7 @@ from hf_embed.checkpoint.save import needs_runtime
 from hf_embed.checkpoint.verify import verify_loadable
 from hf_embed.chunking import default_chunk_tokens, encode_in_chunks
 from hf_embed.encoder import Encoder
-from hf_embed.errors import InputError
+from hf_embed.errors import InputError, listed
 from hf_embed.library_internals import CHECKPOINTING, layers_to_wrap
 from hf_embed.mlm import check_mask_token, split_masked_lm
 from hf_embed.objectives.base import Objective
@@ -214,7 +214,7 @@ def make_step(
     verify_loadable(encoder)
     settle_unused(encoder, args)
     objective.check_width(encoder.full_dimension)
-    warn_of_settings_for_encode(encoder)
+    warn_of_settings_for_encode(encoder, args)
     warn_of_last_token(encoder)
     if not POOLINGS[encoder.pooling].training_head:
         train_head = None
@@ -288,12 +288,18 @@ def warn_of_last_token(encoder: Encoder) -> None:
         )
 
 
-def warn_of_settings_for_encode(encoder: Encoder) -> None:
+def warn_of_settings_for_encode(encoder: Encoder, args: ContrastiveTrainingArguments) -> None:
     """Warn about settings of the model that only `encode` uses and that training ignores."""
     if encoder.prompt():
         logger.warning(
             f"encode puts the model's default prompt '{encoder.default_prompt_name}' before texts, but training uses the "
             "prompts named query and document, if there are any"
+        )
+    unused = [name for name, text in encoder.prompts.items() if text and name not in ("query", "document")]
+    if unused and args.prompts is None:
+        logger.warning(
+            f"training does not use the model's prompts {listed(unused)}; to train with two of them, set "
+            'prompts={"query": "...", "document": "..."} in args'
         )
     if encoder.dimension < encoder.full_dimension:
         logger.warning(

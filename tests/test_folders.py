@@ -549,6 +549,20 @@ def test_what_is_no_encoder_is_refused_with_the_mend(tmp_path):
             assert message in error_of(call, model)
 
 
+@pytest.mark.parametrize(
+    ("prompts", "given", "unused"),
+    [({"query": "q: ", "passage": "p: "}, None, "'passage'"), ({"query": "q: ", "document": "", "none": ""}, None, None),
+     ({"query": "q: ", "passage": "p: "}, {"query": "q: ", "document": "p: "}, None)],
+)  # fmt: skip
+def test_prompts_that_training_does_not_use_are_named(prompts, given, unused, tmp_path, caplog):
+    """BUG: a model with the prompts query and passage was trained with the first of them only, without a word."""
+    args = ContrastiveTrainingArguments(tmp_path / "out", prompts=given, report_to=[])
+    ContrastiveTrainer(tiny_encoder(prompts=prompts), args, train_dataset=[("a", "b"), ("c", "d")])
+    found = [message for message in caplog.messages if "does not use the model's prompts" in message]
+    assert len(found) == (unused is not None)
+    assert not found or f"prompts {unused}; to train with two of them, set prompts=" in found[0]
+
+
 # ---- a pooling that the caller gives ----
 
 
