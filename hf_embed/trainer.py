@@ -63,7 +63,7 @@ class ContrastiveTrainer(GuardedTrainer):
         model: one of
 
             - the name or folder of a model, which `Encoder.from_pretrained` loads in float32;
-            - a `PreTrainedModel`, a PEFT model around one, or an `Encoder`;
+            - a `PreTrainedModel`, a PEFT model around one, or an `Encoder`, which takes over the settings in `args`;
             - the `TrainingStep` of an earlier training (`trainer.step`), whose heads are kept.
         args: `ContrastiveTrainingArguments`. Its pooling, max_length, normalize and prompts are passed to the encoder. Plain
             `TrainingArguments` are also accepted and keep their values. The trainer has a copy: `trainer.args`.
