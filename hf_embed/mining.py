@@ -143,7 +143,8 @@ def mine_hard_negatives(
 
     Returns:
         The two columns under their own names, and `negatives`: for each row a list of at most `num_negatives` texts, nearest
-        first. `ContrastiveTrainer` can train on this dataset directly. With `write_scores`, also `pos_scores` and `neg_scores`.
+        first. `ContrastiveTrainer` can train on this dataset directly, if it knows the two names. With `write_scores`, also
+        `pos_scores` and `neg_scores`.
 
     Raises:
         InputError: if the columns are not found or a text is empty, or for a reason that `write_hard_negatives` names.
