@@ -120,6 +120,7 @@ def test_scores_of_a_row():
     cells = {"positive_score": None, "negative_1_score": 0.5, "negative_2_score": 0.25}
     assert "column 'positive_score': None is not a score" in error_of(row_scores, cells, 3, "row 1")
     assert "there are 2 scores (scores) for 3 texts after the anchor" in error_of(row_scores, {"scores": [1, 2]}, 4, "")
+    assert "(for a margin m, the list [m, 0])" in error_of(row_scores, {"label": 3.5}, 3, "")  # as sentence-transformers has it
 
 
 def test_scores_go_with_the_texts_of_their_row(tokenizer):
