@@ -22,9 +22,10 @@ from hf_embed.encoding import (
     Options,
     Texts,
     Tokens,
+    WithSettings,
     check_arguments,
     check_encode_options,
-    check_encoder_settings,
+    check_max_length,
     check_prompt,
     check_sizes,
     embed_tokens,
@@ -44,9 +45,9 @@ from hf_embed.forward.check import check_kernel, measure
 from hf_embed.forward.chunking import default_chunk_tokens, encode_in_chunks
 from hf_embed.forward.packed_attention import CannotPack
 from hf_embed.forward.packing import Numbering, Packable, Packing, place_of, precision, ways_to_pack
-from hf_embed.pooling import POOLINGS, Dense, check_pooling, states_to_pool
+from hf_embed.pooling import POOLINGS, Dense, states_to_pool
 from hf_embed.tempscale.attention import applied_tempscale, apply_stated
-from hf_embed.text_models import attend_fully, check_max_length, is_remote, text_encoder, with_padding, without_head
+from hf_embed.text_models import attend_fully, is_remote, text_encoder, with_padding, without_head
 from hf_embed.vectors import SIMILARITIES, Compare, Vectors, as_floats, as_matrix, check_widths, precision_of, quantize
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class Encoder(nn.Module):
+class Encoder(WithSettings):
     """A text encoder with its pooling.
 
     Args:
@@ -97,16 +98,14 @@ class Encoder(nn.Module):
         default_prompt_name: str | None = None,
     ):
         super().__init__()
-        check_pooling(pooling)
-        check_encoder_settings(normalize, prompts, truncate_dim, similarity_fn_name)
+        self.pooling = pooling
+        self.normalize = normalize
+        self.prompts = prompts or {}
+        self.truncate_dim = truncate_dim
+        self.similarity_fn_name = similarity_fn_name
         self.backbone = text_encoder(without_head(backbone))
         apply_stated(self.base)
         self.tokenizer = with_padding(tokenizer)
-        self.pooling = pooling
-        self.normalize = normalize
-        self.prompts = dict(prompts or {})
-        self.truncate_dim = truncate_dim
-        self.similarity_fn_name = similarity_fn_name
         self.default_prompt_name = default_prompt_name
         self.prompt()  # raises InputError if the default prompt does not exist
         self.config.use_cache, self.config.return_dict, self.config.output_attentions = False, True, False

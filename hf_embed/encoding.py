@@ -28,7 +28,8 @@ from hf_embed.adapters import copy_of
 from hf_embed.distributed import on_cpu
 from hf_embed.errors import InputError, first_line, utf8
 from hf_embed.forward.packing import copy_to
-from hf_embed.ranges import COUNT, check_one_of
+from hf_embed.pooling import check_pooling
+from hf_embed.ranges import COUNT, check_one_of, out_of_range
 from hf_embed.vectors import SIMILARITIES, check_packable, check_precision
 
 if TYPE_CHECKING:
@@ -53,13 +54,27 @@ model_lock = RLock()
 # Arguments of sentence-transformers' encode, and what replaces them here.
 ELSEWHERE = {
     "normalize_embeddings": "normalize=True or False",
-    "sentences": "texts",
-    "inputs": "texts",
     "pool": "device=['cuda:0', 'cuda:1'] for several devices",
     "chunk_size": "batch_size",
     "task": "encode_query or encode_document",
     "processing_kwargs": "max_length of Encoder.from_pretrained",
 }
+# Attributes of its model, and what replaces them here.
+ATTRIBUTES = {
+    "max_seq_length": "max_length",
+    "get_max_seq_length": "max_length",
+    "get_embedding_dimension": "dimension",
+    "get_sentence_embedding_dimension": "dimension",
+    "tokenize": "tokenizer",
+    "start_multi_process_pool": "encode(device=[...])",
+    "encode_multi_process": "encode(device=[...])",
+    "save": "save_pretrained",
+    "push_to_hub": "save_pretrained and `hf-embed push`",
+    "fit": "ContrastiveTrainer",
+    "add_adapter": "peft.get_peft_model on the model that you pass to ContrastiveTrainer",
+}
+# Longer texts are truncated unless the user asks for more, because the cost of attention grows with the length.
+DEFAULT_MAX_LENGTH = 512
 
 
 class Options(TypedDict, total=False):
@@ -109,18 +124,65 @@ def check_sizes(batch_size: int, chunk_tokens: int | None) -> None:
             raise InputError(f"{name} is {size!r}; it must be {COUNT}")
 
 
-def check_encoder_settings(normalize: Any, prompts: Any, truncate_dim: Any, similarity_fn_name: Any) -> None:
-    """Raise InputError for settings that no `Encoder` can have; the arguments are those of `Encoder`."""
-    if normalize not in (True, False):
-        raise InputError(f"normalize is {normalize!r}; it must be True or False")
+class WithSettings(nn.Module):
+    """A module whose settings are attributes. They are checked when they are set, so a wrong value never has an effect.
+
+    The settings are those of `Encoder`: pooling, max_length, normalize, prompts, truncate_dim and similarity_fn_name.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    positions: int | None  # the number of positions of the model; None: no limit
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute.
+
+        Raises:
+            InputError: if it is a setting, and no encoder can have this value.
+            AttributeError: if sentence-transformers has an attribute of this name, because here it would have no effect.
+        """
+        refuse_attribute(name)
+        if name == "pooling":
+            check_pooling(value)
+        elif name == "max_length":
+            value = check_max_length(value, self.positions, self.tokenizer)
+        elif name == "normalize" and value not in (True, False):
+            raise InputError(f"normalize is {value!r}; it must be True or False")
+        elif name == "prompts":
+            value = checked_prompts(value)
+        elif name == "truncate_dim" and value is not None and not (type(value) is int and value > 0):
+            raise InputError(f"truncate_dim is {value!r}; give the number of dimensions to keep, or None")
+        elif name == "similarity_fn_name":
+            check_one_of(name, value, SIMILARITIES)
+        super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        refuse_attribute(name)
+        return super().__getattr__(name)
+
+
+def refuse_attribute(name: str) -> None:
+    """Raise AttributeError if sentence-transformers has an attribute of this name, and `Encoder` has it under another name."""
+    if name in ATTRIBUTES:
+        raise AttributeError(f"Encoder has no attribute '{name}'; use {ATTRIBUTES[name]}")
+
+
+def check_encoder(model: Any) -> None:
+    """Raise InputError if `model` is not an `Encoder` but, for example, a name or a model of another library."""
+    if not isinstance(model, WithSettings):
+        raise InputError(
+            f"the model is a {type(model).__name__}; give an Encoder, for example Encoder.from_pretrained(NAME), or "
+            "trainer.encoder after a training"
+        )
+
+
+def checked_prompts(prompts: Any) -> dict[str, str]:
+    """Return a copy of prompts by name; None means no prompts. Raise InputError if they are anything else."""
     prompts = {} if prompts is None else prompts
     if not isinstance(prompts, Mapping) or not all(isinstance(word, str) for pair in prompts.items() for word in pair):
         raise InputError(f'prompts are {prompts!r}; give texts by name, for example {{"query": "query: "}}')
     for prompt in prompts.values():
         check_prompt(prompt)
-    if truncate_dim is not None and not (type(truncate_dim) is int and truncate_dim > 0):
-        raise InputError(f"truncate_dim is {truncate_dim!r}; give the number of dimensions to keep, or None")
-    check_one_of("similarity_fn_name", similarity_fn_name, SIMILARITIES)
+    return dict(prompts)
 
 
 def check_prompt(prompt: Any) -> None:
@@ -190,6 +252,22 @@ def room_for_text(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[str], ma
             "shorten the prompt, or increase max_length"
         )
     return left
+
+
+def check_max_length(max_length: int | None, limit: int | None, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the largest number of tokens of a text, for a model with positions for `limit` tokens (None: no limit).
+
+    Raises:
+        InputError: if `max_length` exceeds the positions, or leaves no room for a token of text beside the special tokens.
+    """
+    if max_length is not None and max_length not in COUNT:
+        raise out_of_range("max_length", max_length, COUNT)
+    if max_length is None:
+        return min(n for n in (limit, tokenizer.model_max_length, DEFAULT_MAX_LENGTH) if n)
+    if limit is not None and max_length > limit:
+        raise InputError(f"max_length {max_length} is above the {limit} positions of this model; set it to at most {limit}")
+    room_for_text(tokenizer, [""], max_length)
+    return int(max_length)  # a number of NumPy could not be saved
 
 
 def tokenize_texts(encoder: "Encoder", texts: list[str], numbers: Sequence[int] | None = None) -> Tokens:

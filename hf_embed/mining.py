@@ -54,6 +54,7 @@ from hf_embed.data.python_rows import RowData, as_rows, refuse_paths
 from hf_embed.data.sources import FILL_IN, texts_of
 from hf_embed.distributed import get_rank, get_world_size, on_cpu
 from hf_embed.encoder import Encoder
+from hf_embed.encoding import check_encoder
 from hf_embed.errors import InputError
 from hf_embed.evaluation.rows import as_list
 from hf_embed.evaluation.tasks import Embed
@@ -144,7 +145,8 @@ def mine_hard_negatives(
 
     Returns:
         The two columns under their own names, and `negatives`: for each row a list of at most `num_negatives` texts, nearest
-        first. `ContrastiveTrainer` can train on this dataset directly. With `write_scores`, also `pos_scores` and `neg_scores`.
+        first. `ContrastiveTrainer` can train on this dataset directly, if it knows the two names. With `write_scores`, also
+        `pos_scores` and `neg_scores`.
 
     Raises:
         InputError: if the columns are not found or a text is empty, or for a reason that `write_hard_negatives` names.
@@ -153,6 +155,7 @@ def mine_hard_negatives(
     known = {rule.name for rule in fields(MiningArguments)}
     if unknown := sorted(set(rules) - known):
         raise TypeError(f"mine_hard_negatives() has no argument '{unknown[0]}'; the rules are {', '.join(sorted(known))}")
+    check_encoder(encoder)
     args = MiningArguments(**rules)
     if output_file is None and get_world_size() > 1:
         raise InputError("mine_hard_negatives runs on several ranks; give an output_file that all of them can write")

@@ -262,8 +262,10 @@ def make_encoder(
         if "prompts" in given:  # these are only the query and document prompts, so keep the model's other prompts
             others = {key: text for key, text in model.prompts.items() if key not in ("query", "document")}
             given["prompts"] = others | given["prompts"]
-        same = tokenizer is model.tokenizer and all(own[key] == value for key, value in given.items())
-        encoder = model if same else Encoder(model.backbone, tokenizer, **(own | given))
+        if tokenizer is not model.tokenizer or any(own[key] != value for key, value in given.items()):
+            # The given object is trained, so it gets the new settings too: a script may encode and save with it later.
+            vars(model).update(vars(Encoder(model.backbone, tokenizer, **(own | given))))
+        encoder = model
     else:
         encoder = Encoder(model, tokenizer, **given)
         warn_of_settings_left_out(encoder, given)

@@ -11,15 +11,10 @@ import transformers
 from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_embed.adapters import base_of, check_kinds, has_adapters
-from hf_embed.encoding import room_for_text
 from hf_embed.errors import InputError
 from hf_embed.library_internals import keep_own_settings, saves_its_code, uncompiled
-from hf_embed.ranges import COUNT, out_of_range
 
 logger = logging.getLogger(__name__)
-
-# Longer texts are truncated unless the user asks for more, because the cost of attention grows with the length.
-DEFAULT_MAX_LENGTH = 512
 
 # model_type of an encoder-decoder -> the class of its encoder
 ENCODERS = {
@@ -176,19 +171,3 @@ def attend_fully(base: PreTrainedModel) -> None:
         logger.warning(f"{type(base).__name__}: block-sparse attention is replaced by full attention, which short texts need")
         base.set_attention_type("original_full")  # type: ignore[operator]
         base.config.attention_type = "original_full"
-
-
-def check_max_length(max_length: int | None, limit: int | None, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the largest number of tokens of a text, for a model with positions for `limit` tokens (None: no limit).
-
-    Raises:
-        InputError: if `max_length` exceeds the positions, or leaves no room for a token of text beside the special tokens.
-    """
-    if max_length is not None and max_length not in COUNT:
-        raise out_of_range("max_length", max_length, COUNT)
-    if max_length is None:
-        return min(n for n in (limit, tokenizer.model_max_length, DEFAULT_MAX_LENGTH) if n)
-    if limit is not None and max_length > limit:
-        raise InputError(f"max_length {max_length} is above the {limit} positions of this model; set it to at most {limit}")
-    room_for_text(tokenizer, [""], max_length)
-    return int(max_length)  # a number of NumPy could not be saved

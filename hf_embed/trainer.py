@@ -64,7 +64,7 @@ class ContrastiveTrainer(GuardedTrainer):
         model: one of
 
             - the name or folder of a model, which `Encoder.from_pretrained` loads in float32;
-            - a `PreTrainedModel`, a PEFT model around one, or an `Encoder`;
+            - a `PreTrainedModel`, a PEFT model around one, or an `Encoder`, which takes over the settings in `args`;
             - the `TrainingStep` of an earlier training (`trainer.step`), whose heads are kept.
         args: `ContrastiveTrainingArguments`. Its pooling, max_length, normalize and prompts are passed to the encoder. Plain
             `TrainingArguments` are also accepted and keep their values. The trainer has a copy: `trainer.args`.
@@ -216,7 +216,7 @@ class ContrastiveTrainer(GuardedTrainer):
         args, input_ids, text_ids = self.args, inputs["input_ids"], inputs["text_ids"]
         mlm = None if self.step.mlm_head is None else mask_tokens(input_ids, self.encoder.tokenizer)
         outputs = model(input_ids, inputs["lengths"], args.chunk_tokens, self.begin_caching(), mlm)
-        rows = to_rows(outputs["embeddings"], inputs["slots"], text_ids.shape)  # (B, V, D)
+        rows = to_rows(outputs["embeddings"], inputs["slots"], text_ids.shape, self.encoder.normalize)  # (B, V, D)
         first_row = args.process_index * len(rows)
         given = {"temperature": outputs["temperature"]} if "temperature" in outputs else {}
         objective = self.objectives[inputs["source"]]

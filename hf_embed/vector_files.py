@@ -27,7 +27,7 @@ import xxhash
 from hf_embed.data.sources import cell_text
 from hf_embed.distributed import get_rank
 from hf_embed.encoder import Encoder
-from hf_embed.encoding import text_list
+from hf_embed.encoding import check_encoder, text_list
 from hf_embed.entry import recipe_command
 from hf_embed.errors import InputError, errors_of
 from hf_embed.files.read_files import read_array, read_json
@@ -61,8 +61,9 @@ def write_vectors(
         InputError: if `output_file` exists or does not end in .npy, if the folder beside it belongs to another model, other
             texts or other options, if a text is empty, or if a vector is not finite.
     """
-    if isinstance(texts, str) or not isinstance(texts, Sequence):  # a text or an iterator cannot be counted or read in parts
-        texts = text_list(texts)
+    check_encoder(encoder)
+    # a text or an iterator cannot be counted or read in parts
+    texts = texts if isinstance(texts, Sequence) and not isinstance(texts, str) else text_list(texts)
     output = Path(output_file)
     if output.suffix != ".npy":
         raise InputError(f"{output}: vectors are written as .npy files; name the file {output.with_suffix('.npy')}")

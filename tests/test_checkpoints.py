@@ -235,6 +235,12 @@ def test_damage_to_any_file_is_found(run, kind, caplog):
         assert whole.damage(checkpoint) is None  # control: the restored checkpoint is complete
 
 
+def test_a_checkpoint_of_another_trainer_is_named_as_a_model(run, tmp_path):
+    checkpoint = shutil.copytree(run / "checkpoint-4", tmp_path / "checkpoint-4")
+    (checkpoint / whole.MANIFEST).unlink()
+    assert f"to train further what another trainer wrote, give model='{checkpoint}'" in whole.damage(checkpoint)
+
+
 def test_the_message_names_both_sizes(run):
     damaged = with_damage(run / "checkpoint-4", "scheduler.pt", "half")
     size = (run / "checkpoint-4" / "scheduler.pt").stat().st_size

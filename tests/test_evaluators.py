@@ -154,6 +154,8 @@ def test_scores_are_sentence_transformers_of_a_model(tmp_path, prompts):
         sample["positive"] = [f"{text} of gold" for text in sample["positive"]]
     theirs = sets.theirs(SentenceTransformer(str(tmp_path), device="cpu"))
     assert ours(sets.tasks(), embed_with(encoder)) == pytest.approx(theirs, abs=1e-4)
+    for embedding in (encoder, encoder.encode):  # BUG: both ended in a traceback
+        assert ours(sets.tasks(), embedding) == pytest.approx(theirs, abs=1e-4)
     if prompts:  # control: the prompts change the scores
         assert ours(sets.tasks(), embed_with(tiny_encoder())) != pytest.approx(theirs, abs=1e-2)
 

@@ -5,6 +5,7 @@ sentence-transformers if possible, otherwise by editing the JSON files.
 """
 
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from transformers import AutoModel, AutoTokenizer
 
+import hf_embed
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, InputError, SimCSE
 from hf_embed.evaluation.mteb import model_meta
 from hf_embed.kit.models import load_model
@@ -507,7 +509,11 @@ def test_a_subfolder_is_refused(bases):
     assert "subfolder" in error_of(Encoder.from_pretrained, bases["bert"], subfolder="1_Pooling")
 
 
-@pytest.mark.parametrize(("option", "mend"), [({"device": "cpu"}, ".to(device)"), ({"truncate_dim": 8}, "set the attribute")])
+@pytest.mark.parametrize(
+    ("option", "mend"),
+    [({"device": "cpu"}, ".to(device)"), ({"truncate_dim": 8}, "set the attribute"),
+     ({"backend": "onnx"}, "export_onnx"), ({"processor_kwargs": {}}, "Encoder(model, tokenizer)")],
+)  # fmt: skip
 def test_options_of_sentence_transformers_are_refused_with_the_mend(bases, option, mend):
     message = error_of(Encoder.from_pretrained, bases["bert"], **option)  # BUG: it said that the model cannot be loaded
     assert f"does not support {next(iter(option))}; " in message and mend in message
@@ -523,6 +529,49 @@ def test_the_attributes_that_the_mend_names_count(bases, tmp_path):
     expected = SentenceTransformer(str(bases["bert"]), device="cpu", truncate_dim=8).encode(TEXTS, prompt="search: ")
     assert_same(encoder.encode(TEXTS), expected)
     assert_same(theirs.encode(TEXTS), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [("truncate_dim", -1, "truncate_dim is -1"), ("max_length", 67, "max_length 67 is above the 66 positions"),
+     ("similarity_fn_name", "cos_sim", "unknown similarity_fn_name 'cos_sim'; use one of cosine"),
+     ("prompts", "query: ", "prompts are 'query: '"), ("normalize", "l2", "normalize is 'l2'"),
+     ("pooling", "max", "unknown pooling 'max'")],
+)  # fmt: skip
+def test_a_setting_that_no_encoder_can_have_is_refused_when_it_is_set(name, value, message):
+    """BUG: truncate_dim=-1 removed the last number of each vector; others ended in a KeyError or an index error in `encode`."""
+    encoder = tiny_encoder()
+    before = getattr(encoder, name)
+    assert message in error_of(setattr, encoder, name, value)
+    assert getattr(encoder, name) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "mend"),
+    [("max_seq_length", "max_length"), ("get_sentence_embedding_dimension", "dimension"), ("tokenize", "tokenizer"),
+     ("start_multi_process_pool", "encode(device=[...])"), ("save", "save_pretrained"), ("fit", "ContrastiveTrainer")],
+)  # fmt: skip
+def test_attributes_of_sentence_transformers_are_refused_with_ours(name, mend):
+    """BUG: `encoder.max_seq_length = 8` had no effect, and no message said so."""
+    encoder = tiny_encoder()
+    for use in (lambda: getattr(encoder, name), lambda: setattr(encoder, name, 8)):
+        with pytest.raises(AttributeError, match=re.escape(f"Encoder has no attribute '{name}'; use {mend}")):
+            use()
+    assert not hasattr(encoder, name)
+
+
+def test_what_is_no_encoder_is_refused_with_the_mend(tmp_path):
+    """BUG: the functions ended in errors such as "'str' object has no attribute 'config'"."""
+    rows = [("a cat", "cats"), ("a dog", "dogs")]
+    for model in (tiny_model(), "NAME"):
+        for call in (
+            lambda model: hf_embed.mine_hard_negatives(rows, model),
+            lambda model: hf_embed.write_vectors(model, ["a"], tmp_path / "out.npy"),
+            lambda model: hf_embed.write_card(model, tmp_path),
+            lambda model: hf_embed.export_onnx(model, tmp_path / "out"),
+        ):
+            message = f"the model is a {type(model).__name__}; give an Encoder, for example Encoder.from_pretrained(NAME)"
+            assert message in error_of(call, model)
 
 
 # ---- a pooling that the caller gives ----

@@ -609,14 +609,30 @@ def ragged(first_with, rows=64):
         yield {"anchor": f"text {i}", "positive": f"words {i}"} | ({"negative": f"other {i}"} if i >= first_with else {})
 
 
+@pytest.mark.parametrize("negatives", [1, None])
 @pytest.mark.parametrize("first_with", [0, 1, 60])
-def test_a_stream_keeps_negatives_that_its_first_row_lacks(first_with, tokenizer):
+def test_a_stream_keeps_negatives_that_its_first_row_lacks(first_with, negatives, tokenizer):
     """BUG: the columns were those of the first row, and the negatives of all other rows were dropped in silence."""
     rows = IterableDataset.from_generator(ragged, gen_kwargs={"first_with": first_with})
-    stream = Stream(Source("s", rows, size=64, negatives=1), RowTokenizer(tokenizer, 16), 0, 1, 0, 1, False)
+    stream = Stream(Source("s", rows, size=64, negatives=negatives), RowTokenizer(tokenizer, 16), 0, 1, 0, 1, False)
     assert stream.columns == ["anchor", "positive", "negative"]
     lengths = [len(row["input_ids"]) for row in stream.__getitems__(list(range(64)))]
     assert sorted(lengths) == sorted([2] * first_with + [3] * (64 - first_with))
+
+
+def test_a_stream_of_triplets_is_trained_as_it_is(tmp_path):
+    """BUG: it was refused without `negatives`, which only a `Source` has, and a `Source` was refused without `size`."""
+    rows = Dataset.from_list([{"anchor": f"q {i}", "positive": f"p {i}", "negative": f"n {i}"} for i in range(12)])
+    made = ContrastiveTrainer(model=tiny_model(), processing_class=small_tokenizer(), args=arguments(tmp_path, max_steps=1),
+                              train_dataset=rows.to_iterable_dataset())  # fmt: skip
+    batch = next(iter(made.get_train_dataloader()))
+    assert batch["text_ids"].shape[1] == 3 and batch["text_ids"].all()
+
+
+def test_a_stream_with_lists_of_negatives_needs_their_number(tokenizer):
+    rows = Dataset.from_list([{"anchor": f"q {i}", "positive": f"p {i}", "negatives": [f"n {i}", f"m {i}"]} for i in range(12)])
+    given = Source("s", rows.to_iterable_dataset(), size=12), RowTokenizer(tokenizer, 16), 0, 1, 0, 1, False
+    assert "with lists of negatives needs negatives:" in error_of(Stream, *given)
 
 
 def test_a_stream_refuses_negatives_that_begin_late(tokenizer):

@@ -7,7 +7,8 @@ from pretended_gpu import GPU, pretended_gpu
 from test_trainer import trainer
 from transformers import BertForMaskedLM
 
-from hf_embed import Encoder, ImprovedContrastive, SimCSE, packed_attention
+from hf_embed import Encoder, ImprovedContrastive, SimCSE
+from hf_embed.forward import packed_attention
 
 PADDED = "masking_utils.py: _local_scalar_dense"  # where transformers asks whether a chunk has padding
 ONE = {"num_hidden_layers": 1}

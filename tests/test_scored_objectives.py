@@ -215,6 +215,7 @@ LABELS = {
 FUNCTIONS = {  # functions of the guide: the loss that they replace, the number of texts, the labels, and what they need
     "cosine_similarity_loss": ("CosineSimilarityLoss", 2, SCORES[:, 0], {"scores": SCORES[:, :1]}),
     "contrastive_loss": ("ContrastiveLoss", 2, (SCORES[:, 0] > 0).double(), {"scores": (SCORES[:, :1] > 0).double()}),
+    "angle_loss": ("AnglELoss", 2, SCORES[:, 0], {"scores": SCORES[:, :1]}),
     "triplet_loss": ("TripletLoss", 3, None, {}),
     "translation_loss": ("MSELoss", 2, TARGET[:, 0], {"target": TARGET[:, :2]}),
 }

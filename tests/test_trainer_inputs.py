@@ -197,6 +197,26 @@ def test_a_model_by_name_has_the_settings_of_its_folder(tmp_path):
     assert Encoder.from_pretrained(str(tmp_path / "out")).settings == encoder.settings
 
 
+def test_an_encoder_that_is_given_is_the_one_that_is_trained(tmp_path):
+    """BUG: with a pooling in args, the script's object kept its own pooling, and so encoded and saved other vectors."""
+    encoder = tiny_encoder(prompts={"other": "about: "})
+    given = {"pooling": "cls", "max_length": 16, "normalize": True, "prompts": {"query": "look for: "}}
+    run = make(tmp_path / "out", model=encoder, args=ContrastiveTrainingArguments(str(tmp_path / "out"), **QUIET, **given))
+    run.train()
+    expected = tiny_encoder(**given | {"prompts": {"other": "about: ", "query": "look for: "}})
+    expected.load_state_dict(run.encoder.state_dict())
+    assert (encoder.encode_query(["a cat"]) == expected.encode_query(["a cat"])).all()
+    assert encoder.settings == run.encoder.settings == expected.settings
+
+
+def test_an_encoder_that_cannot_be_trained_as_asked_stays_as_it_is(tmp_path):
+    encoder = tiny_encoder()
+    before = encoder.settings
+    args = ContrastiveTrainingArguments(str(tmp_path / "out"), **QUIET, normalize=True, max_length=67)
+    assert "max_length 67 is above the 66 positions" in error_of(make, tmp_path / "out", model=encoder, args=args)
+    assert encoder.settings == before
+
+
 def test_a_model_by_name_is_trained_in_float32(tmp_path):
     encoder = tiny_encoder()
     encoder.backbone.half()

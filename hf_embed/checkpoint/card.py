@@ -41,6 +41,7 @@ from hf_embed.checkpoint.tables import (
     training_rows,
 )
 from hf_embed.encoder import Encoder
+from hf_embed.encoding import check_encoder
 from hf_embed.errors import InputError, first_line
 from hf_embed.files.read_files import read_json, read_text
 from hf_embed.files.safe_files import SAVING, write_text
@@ -121,6 +122,7 @@ def write_card(
         language: the language of the texts, as the Hub writes it.
         license: the license, as the Hub writes it.
     """
+    check_encoder(encoder)
     path, found = Path(folder, "README.md"), ""
     with suppress(InputError):  # a file that is not text does not come from this package
         found = read_text(path) if path.is_file() else found

@@ -21,12 +21,13 @@ from hf_embed.checkpoint.layout import read_modules
 from hf_embed.checkpoint.model_files import Files
 from hf_embed.checkpoint.settings import read_settings
 from hf_embed.encoder import Encoder
+from hf_embed.encoding import check_max_length
 from hf_embed.errors import InputError, first_line, listed
 from hf_embed.files.read_files import tensor_dtypes, trouble_with
 from hf_embed.forward.check import influences
 from hf_embed.hub_access import WHAT_TO_GIVE, find_model
 from hf_embed.progress import quiet_libraries
-from hf_embed.text_models import check_max_length, is_remote, loading_class
+from hf_embed.text_models import is_remote, loading_class
 
 # The data types that weights may have without quantization. transformers would read int8 numbers as if they were floats.
 PLAIN_DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "BOOL"}
@@ -43,6 +44,10 @@ ELSEWHERE = {
     "max_seq_length": "use max_length",
     "cache_folder": "use cache_dir",
     "model_kwargs": "give the arguments themselves, for example dtype=torch.bfloat16",
+    "backend": "write the graph with export_onnx, and run it with onnxruntime",
+    **dict.fromkeys(
+        ("tokenizer_kwargs", "processor_kwargs", "config_kwargs"), "load both yourself, and make Encoder(model, tokenizer)"
+    ),
     **dict.fromkeys(
         ("prompts", "default_prompt_name", "truncate_dim", "similarity_fn_name"), "set the attribute of the loaded encoder"
     ),

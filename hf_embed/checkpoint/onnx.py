@@ -26,6 +26,7 @@ from hf_embed.checkpoint.save import renewed, save_encoder
 from hf_embed.checkpoint.tables import Results
 from hf_embed.checkpoint.verify import TOLERANCE
 from hf_embed.encoder import Encoder
+from hf_embed.encoding import check_encoder
 from hf_embed.errors import InputError, in_short
 from hf_embed.files.disk import check_folder, disk_errors
 from hf_embed.files.safe_files import SAVING, put
@@ -80,6 +81,7 @@ def export_onnx(
             their norm. No ONNX file is then written.
         DiskError: if the disk is full or a file may not be written.
     """
+    check_encoder(encoder)
     folder = Path(folder)
     check_output(folder, overwrite)
     with disk_errors(folder):

@@ -132,6 +132,8 @@ def damage(folder: Path) -> str | None:
     """Return a short description of what is wrong with a checkpoint, or None if it is complete."""
     if not (folder / TRAINER_STATE_NAME).is_file():
         return f"{TRAINER_STATE_NAME} does not exist"
+    if not (folder / MANIFEST).is_file():
+        return f"{MANIFEST} does not exist; to train further what another trainer wrote, give model='{folder}'"
     try:
         return difference(folder, read_manifest(folder)["files"])
     except InputError as error:

@@ -47,7 +47,7 @@ class Source:
             `hf_embed.data.known_columns` lists.
         query_prompt, document_prompt: text to put before queries and documents; default: the prompts of the model.
         max_length: the maximum number of tokens of a text; default: that of the run.
-        negatives: how many hard negatives of each row to use; default: all. It is required for a stream with negatives.
+        negatives: how many hard negatives of each row to use; default: all. A stream whose negatives are lists needs it.
         weight: a factor on how often the source is drawn.
         objective: the loss of this source's rows; default: the objective of the trainer. It cannot learn its temperature.
         size: the approximate number of rows of an `IterableDataset`.

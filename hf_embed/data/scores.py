@@ -82,7 +82,7 @@ def row_scores(cells: dict[str, Any], texts: int, where: str) -> list[float]:
     if len(scores) != texts - 1:
         raise InputError(
             f"{where}: there are {len(scores)} scores ({', '.join(cells)}) for {texts - 1} texts after the anchor; give one "
-            "score for the positive and one for each negative"
+            "score for the positive and one for each negative (for a margin m, the list [m, 0])"
         )
     return scores
 

@@ -41,15 +41,17 @@ class Stream:
         self.size = source.size or 0  # `Source` guarantees that the size is set
         self.read = 0  # the number of rows that have been read from `endless`
         self.endless: Iterator[tuple[list[str], list[str]]] | None = None
-        self.views = 2 + (source.negatives or 0)
-        if len(self.columns) > 2 and source.negatives is None:
+        self.views = 2 + (len(self.columns[2:]) if source.negatives is None else source.negatives)
+        first = list(islice(source.rows, FIRST_ROWS))
+        lists = any(isinstance(row.get(column), list) for row in first for column in self.columns[2:])
+        if lists and source.negatives is None:
             raise InputError(
-                f"{source.label}: a streaming dataset with negatives needs negatives: (the number to use per row), or "
-                "Source(name, rows, negatives=...) in a script"
+                f"{source.label}: a streaming dataset with lists of negatives needs negatives: (the number to use per row), or "
+                "Source(name, rows, negatives=..., size=...) in a script"
             )
         if ranks > 1 and was_split(source.rows):
             raise InputError(f"{source.label}: the stream is split among processes twice; give each process the whole stream")
-        self.probe(list(islice(source.rows, FIRST_ROWS)))
+        self.probe(first)
 
     def probe(self, first: list[dict]) -> None:
         """Check the first rows, and store what they tell of all rows.

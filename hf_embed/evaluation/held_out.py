@@ -57,6 +57,7 @@ class HeldOutLoss(HeldOut):
         chunk_tokens: the number of padded tokens that go through the model at once.
         temperature: a learned temperature, used if the model does not return one.
         vectors: a teacher's vectors, for an objective that needs them; see `RaggedCollator`.
+        normalize: whether the model is saved as one that returns unit vectors.
     """
 
     rows: Dataset
@@ -66,6 +67,7 @@ class HeldOutLoss(HeldOut):
     chunk_tokens: int | None = None
     temperature: Tensor | None = None
     vectors: Mapping[str, TeacherVectors] | None = None
+    normalize: bool = False
 
     def score(self, embed: Embed) -> dict[str, float]:
         """Return the mean loss over all rows, the same on every rank.
@@ -87,7 +89,7 @@ class HeldOutLoss(HeldOut):
         batch = collate(self.rows.__getitems__(list(own) or [numbers[0]]))
         device = next(self.model.parameters()).device
         outputs = self.model(batch["input_ids"].to(device), batch["lengths"], chunk_tokens=self.chunk_tokens)
-        own_vectors = to_rows(outputs["embeddings"], batch["slots"].to(device), batch["text_ids"].shape)
+        own_vectors = to_rows(outputs["embeddings"], batch["slots"].to(device), batch["text_ids"].shape, self.normalize)
 
         def gathered(part: Tensor) -> Tensor:  # ranks may have different numbers of rows
             return torch.cat(gather_objects(part[: len(own)].cpu())).to(device)

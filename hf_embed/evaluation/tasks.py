@@ -15,9 +15,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from hf_embed.distributed import check_same_on_ranks, gather_objects, get_rank, get_world_size
+from hf_embed.encoding import WithSettings
 from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import cosines_of, unit
 from hf_embed.files.work_files import digest
@@ -31,7 +33,7 @@ NO_ORDER = "all cosines are equal, or some are not finite; the model has collaps
 
 
 class Embed(Protocol):
-    """The function that a task scores: it maps texts to embeddings."""
+    """The function that a task scores: it maps texts to embeddings. An `Encoder` stands for its method `encode`."""
 
     def __call__(self, texts: list[str], prompt_name: str | None = None, /) -> Tensor:
         """Return the embeddings (N, D) of texts. `prompt_name` is "query", "document", another prompt of the model, or None."""
@@ -195,12 +197,13 @@ def embed_own_share(texts: list[str], embed: Embed, prompt_name: str | None = No
     if ranks > 1:
         check_same_on_ranks("the texts", digest(texts))
     own = texts[rank::ranks]
+    embed = embed.encode if isinstance(embed, WithSettings) else embed  # an Encoder
     # Every rank makes the same number of calls, because with FSDP each call runs collectives.
     calls = math.ceil(math.ceil(len(texts) / ranks) / BATCH)
     with progress_bar(total=len(own), desc="Encoding", unit="text") as bar:
         for i in range(calls):
             part = own[i * BATCH : (i + 1) * BATCH]
-            yield embed(part or texts[:1], prompt_name)[: len(part)]
+            yield torch.as_tensor(embed(part or texts[:1], prompt_name))[: len(part)]
             bar.update(len(part))
 
 

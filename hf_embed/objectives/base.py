@@ -108,7 +108,8 @@ class Objective:
         """Return the mean loss of the own rows, a scalar.
 
         Args:
-            embeddings: (B, V, D) embeddings of the own rows, not normalized, in float32 or float64.
+            embeddings: (B, V, D) embeddings of the own rows, in float32 or float64. Their lengths are those of the vectors that
+                the saved model returns: 1 if its setting `normalize` is True, else any.
             text_ids: (B, V) hash of each text, or any number but 0 that only equal texts share; 0 where a row has fewer than
                 V - 2 negatives.
             all_embeddings: (N, V, D) embeddings of the rows of all ranks, which include the own rows; default: the own rows.

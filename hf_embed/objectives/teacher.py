@@ -127,8 +127,9 @@ class MarginMSE(Objective):
     its margin is 1, and the loss is (1 - 4)^2 = 9.
 
     Args:
-        similarity: s. "dot" is the dot product, as in the paper, for the scores of a reranker, which may be of any size.
-            "cosine" is for a teacher whose scores are cosine similarities.
+        similarity: s. "dot" is the dot product, as in the paper, for the scores of a reranker, which may be of any size. It
+            needs a model that does not return unit vectors, whose dot products are cosines: set `normalize=False` in the
+            arguments. "cosine" is for a teacher whose scores are cosine similarities.
 
     Raises:
         InputError: if the similarity is unknown.

@@ -304,7 +304,9 @@ def make_held_out(
         check_same_on_ranks(f"{name}: the rows", rows_hash(table))
         check_objective(objective, table, max(2, most_texts(table)), name)
         (table,), vectors = with_teacher([table], [objective], args, step.encoder.full_dimension, vectors_of_training)
-        loss = made[name] = HeldOutLoss(table, objective, batch_size, step, args.chunk_tokens, vectors=vectors)
+        normalize = step.encoder.normalize
+        loss = HeldOutLoss(table, objective, batch_size, step, args.chunk_tokens, vectors=vectors, normalize=normalize)
+        made[name] = loss
         if args.process_index == 0:
             warn_of_seen(loss.rows, training, name)
     return made
