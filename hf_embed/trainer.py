@@ -18,6 +18,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
@@ -216,12 +217,13 @@ class ContrastiveTrainer(GuardedTrainer):
         args, input_ids, text_ids = self.args, inputs["input_ids"], inputs["text_ids"]
         mlm = None if self.step.mlm_head is None else mask_tokens(input_ids, self.encoder.tokenizer)
         outputs = model(input_ids, inputs["lengths"], args.chunk_tokens, self.begin_caching(), mlm)
-        rows = to_rows(outputs["embeddings"], inputs["slots"], text_ids.shape, self.encoder.normalize)  # (B, V, D)
+        rows = to_rows(outputs["embeddings"], inputs["slots"], text_ids.shape)  # (B, V, D)
+        vectors = F.normalize(rows, dim=-1) if self.encoder.normalize else rows  # what the saved model returns
         first_row = args.process_index * len(rows)
         given = {"temperature": outputs["temperature"]} if "temperature" in outputs else {}
         objective = self.objectives[inputs["source"]]
         given |= further_arguments(inputs["further"], objective.needs, gather_rows)
-        loss = objective(rows, text_ids, gather_rows(rows), gather_rows(text_ids), first_row, **given)
+        loss = objective(vectors, text_ids, gather_rows(vectors), gather_rows(text_ids), first_row, **given)
         # DDP averages gradients over ranks. The factor world_size cancels that, which leaves the mean over all masked tokens.
         if mlm is not None:
             masked = gather_rows((mlm[1] != -100).sum().view(1)).sum().clamp(min=1)
@@ -231,7 +233,7 @@ class ContrastiveTrainer(GuardedTrainer):
             self.temperature = outputs["temperature"].detach() if "temperature" in outputs else None
             if isinstance(self.train_dataset, Mixture):
                 self.source_losses.setdefault(inputs["source"], []).append(loss.detach())
-        return (loss, {"embeddings": rows}) if return_outputs else loss
+        return (loss, {"embeddings": vectors}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the loss of each source, the learned temperature and the statistics of `watch` to a training log."""

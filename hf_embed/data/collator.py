@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from hf_embed.data.teacher_vectors import TeacherVectors
 
@@ -119,16 +118,13 @@ def used_columns(ids: Tensor) -> Tensor:
     return ids[:, : int((ids != 0).any(0).sum())]
 
 
-def to_rows(embeddings: Tensor, slots: Tensor, shape: tuple[int, int], normalize: bool) -> Tensor:
+def to_rows(embeddings: Tensor, slots: Tensor, shape: tuple[int, int]) -> Tensor:
     """Put embeddings (texts, D) into their slots of a tensor (B, V, D), in float32 or more precise. Missing texts become zeros.
 
-    If each text has two slots, its embedding becomes both views of its row: the model ran once, with one dropout mask. With
-    `normalize`, embeddings get unit length, as they have in the vectors of a model that is saved with this setting.
+    If each text has two slots, its embedding becomes both views of its row: the model ran once, with one dropout mask.
     """
     if embeddings.dtype in (torch.float16, torch.bfloat16):
         embeddings = embeddings.float()
-    if normalize:
-        embeddings = F.normalize(embeddings, dim=-1)
     if len(slots) > len(embeddings):
         embeddings = embeddings.repeat_interleave(2, 0)
     rows, views = shape

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from hf_embed.data.collator import RaggedCollator, further_arguments, to_rows
 from hf_embed.data.python_rows import RowData
@@ -89,7 +90,8 @@ class HeldOutLoss(HeldOut):
         batch = collate(self.rows.__getitems__(list(own) or [numbers[0]]))
         device = next(self.model.parameters()).device
         outputs = self.model(batch["input_ids"].to(device), batch["lengths"], chunk_tokens=self.chunk_tokens)
-        own_vectors = to_rows(outputs["embeddings"], batch["slots"].to(device), batch["text_ids"].shape, self.normalize)
+        own_vectors = to_rows(outputs["embeddings"], batch["slots"].to(device), batch["text_ids"].shape)
+        own_vectors = F.normalize(own_vectors, dim=-1) if self.normalize else own_vectors
 
         def gathered(part: Tensor) -> Tensor:  # ranks may have different numbers of rows
             return torch.cat(gather_objects(part[: len(own)].cpu())).to(device)
