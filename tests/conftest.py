@@ -38,6 +38,7 @@ from transformers import (
     Qwen3Model,
     RobertaConfig,
     RobertaModel,
+    TrainingArguments,
     XLMRobertaConfig,
     XLMRobertaModel,
 )
@@ -77,6 +78,9 @@ TINY = {
 }
 DECODERS = {"qwen2", "qwen3"}
 MADE: dict[str, tuple[Encoder, torch.Tensor]] = {}  # what `tiny_encoder` copies, and the random state after it was made
+SINCE_5_15 = pytest.mark.skipif(
+    not hasattr(TrainingArguments, "dataloader_in_order"), reason="transformers before 5.15 has other settings"
+)
 WITHOUT_DEEPSPEED = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is not None, reason="deepspeed is installed")
 
 

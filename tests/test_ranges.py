@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import WITHOUT_DEEPSPEED, error_of, tiny_encoder, tiny_model
+from conftest import SINCE_5_15, WITHOUT_DEEPSPEED, error_of, tiny_encoder, tiny_model
 from datasets import Dataset, IterableDataset
 from test_gte_recipes import files as gte_files  # noqa: F401
 from test_gte_recipes import flags as gte_flags
@@ -118,8 +118,12 @@ def test_arguments_out_of_range(name):
         ({"gradient_caching": "no"}, "gradient_caching is 'no'; it must be True, False or 'as_needed'"),
         ({"pooling": "max"}, "unknown pooling 'max'"),
         ({"dataloader_persistent_workers": True}, "set dataloader_num_workers"),
-        ({"dataloader_multiprocessing_context": "fork"}, "set dataloader_num_workers"),
-        ({"dataloader_multiprocessing_context": "thread", "dataloader_num_workers": 1}, "one of fork, spawn, forkserver"),
+        pytest.param({"dataloader_multiprocessing_context": "fork"}, "set dataloader_num_workers", marks=SINCE_5_15),
+        pytest.param(
+            {"dataloader_multiprocessing_context": "thread", "dataloader_num_workers": 1},
+            "one of fork, spawn, forkserver",
+            marks=SINCE_5_15,
+        ),
         ({"accelerator_config": {"split_batch": True}}, "split_batch"),
         ({"optim": "adam"}, "adam"),
         ({"optim": "adamw_bnb_8bit"}, "optim adamw_bnb_8bit: You need to install `bitsandbytes`"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from conftest import SINCE_5_15
 from datasets import Dataset
 
 from hf_embed import ContrastiveTrainingArguments, Matryoshka, SimCSE
@@ -31,6 +32,7 @@ OTHER_SETTINGS = {
 RENAMED = {"activation_checkpointing", "activation_checkpointing_kwargs"}  # in transformers 5.23
 
 
+@SINCE_5_15
 def test_every_setting_is_known_to_matter_or_not():
     names = {field.name for kind in KINDS for field in dataclasses.fields(kind)}
     lists = (set(RESULT_SETTINGS), OTHER_SETTINGS, set(IGNORED), set(REFUSED))
