@@ -49,8 +49,7 @@ SEARCH = Retrieval(
 )
 BATCH = 12  # rows of a global batch
 GTE = [  # number of negatives, tile_rows, gradient_caching
-    *(("gte", negatives, tile_rows, caching) for negatives in (0, 1) for tile_rows, caching in ((None, False), (2, True))),
-    *(("gte", 3, tile_rows, caching) for tile_rows in (None, 2) for caching in (False, True)),
+    ("gte", negatives, tile_rows, caching) for negatives in (0, 1, 3) for tile_rows, caching in ((None, False), (2, True))
 ]
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 SETTINGS = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0, "report_to": [], "save_strategy": "no",
