@@ -15,7 +15,7 @@ from worker import STS, WORDS
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, Matryoshka, Retrieval, SimCSE
 from hf_embed.checkpoint.card import is_generated, served_otherwise, write_card
 from hf_embed.checkpoint.save import warn_of_servers
-from hf_embed.checkpoint.tables import escaped
+from hf_embed.checkpoint.tables import escaped, training_rows
 from hf_embed.pooling import POOLINGS, Dense
 
 ROWS = [{"anchor": f"the {a}", "positive": f"a {a} by the {b}"} for a, b in zip(WORDS, WORDS[1:] + WORDS[:1])]
@@ -143,6 +143,16 @@ def test_the_scores_are_of_the_model_that_is_saved(tmp_path):
     assert ContrastiveTrainer(saved, ContrastiveTrainingArguments(str(tmp_path / "x"), **QUIET)).evaluate(SETS["dev"])[
         "eval_spearman"
     ] == pytest.approx(min(scores.values()), abs=1e-3)  # fmt: skip
+
+
+@pytest.mark.parametrize("best", [{}, {"step_of_weights": None}, {"step_of_weights": 3}])
+def test_the_step_of_the_weights_may_be_unknown(tmp_path, best):
+    """Results of an earlier version do not have it, and it is None if the folder of the best checkpoint was renamed."""
+    run = make(tmp_path)
+    run.train()
+    run.save_model()
+    train = {key: value for key, value in stored(tmp_path)["train"].items() if key != "step_of_weights"}
+    assert dict(training_rows(train | best))["Training steps"] == "3, with a batch size of 4"
 
 
 def test_scores_of_an_earlier_step_say_so(tmp_path):

@@ -151,7 +151,7 @@ def training_rows(train: dict[str, Any]) -> list[tuple[str, str]]:
         if resumed and train.get("seconds") is not None
         else ""
     )
-    chosen = train.get("step_of_weights", train["steps"])
+    chosen = train.get("step_of_weights") or train["steps"]  # unknown in earlier results, or if a checkpoint was renamed
     best = "" if chosen == train["steps"] else f"; the weights are those of step {chosen:,}, the best checkpoint"
     rows = [
         ("Base model", str(train["model"])),
