@@ -47,6 +47,15 @@ def test_a_diff_of_the_page_applies_and_passes_the_linter(title, tmp_path):
         assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.parametrize("title", SECTIONS)
+def test_what_a_diff_imports_is_there(title):
+    """BUG: a diff imported a name that the package had renamed. It applied, and only the slow test below ran it."""
+    (diff,) = blocks(SECTIONS[title], "diff")
+    for module, names in re.findall(r"^\+from (hf_embed[\w.]*) import (.+)$", diff, re.MULTILINE):
+        if f"+++ b/{module.replace('.', '/')}.py" not in diff:  # else the diff makes or changes this module
+            exec(f"from {module} import {names}", {})
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("title", SECTIONS)
 def test_an_addition_does_what_the_page_says(title, tmp_path):
