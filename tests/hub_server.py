@@ -55,6 +55,7 @@ class LoopbackHub:
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # otherwise each answer waits 40 ms for the client's acknowledgment of its headers
     hub: LoopbackHub
 
     def log_message(self, *args):
