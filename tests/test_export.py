@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import shutil
 import subprocess
 import sys
 import types
@@ -17,7 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from test_pooling import by_loop
-from test_safe_files import killed_at
+from test_safe_files import killed_at, stops
 from transformers import AutoModel, AutoTokenizer, BertModel, LlamaConfig, LlamaModel, LlamaTokenizer, Qwen2Tokenizer
 
 from hf_embed import Encoder, InputError, TempScaleConfig, apply_tempscale
@@ -472,14 +471,19 @@ def test_a_card_of_the_users_own_is_kept(tmp_path):
 
 
 def test_killed_anywhere_the_folder_holds_one_whole_model(tmp_path):
-    """Kill the save before each system call in turn: weights, modules, scores and card are all old or all new."""
+    """At each system call of a save, weights, modules, scores and card are all old or all new."""
     folder = tmp_path / "model"
     results = {"old": {"after": {"sts": {"s": 11.11}}}, "new": {"after": {"sts": {"s": 22.22}}}}
     encoders = {"old": tiny_encoder(pooling="cls", normalize=True), "new": tiny_encoder(pooling="mean", seed=1)}
-    save_encoder(encoders["old"], str(folder), results=results["old"])
+    save_encoder(encoders["old"], str(folder), verify=False, results=results["old"])
     (folder / "notes.txt").write_text("mine")
-    number, found = 1, []
-    while killed_at(number, lambda: save_encoder(encoders["new"], str(folder), verify=False, results=results["new"])):
+
+    def save():
+        save_encoder(encoders["new"], str(folder), verify=False, results=results["new"])
+
+    assert killed_at(20, save)  # what this kill leaves does not disturb the next save
+    found = []
+    for _ in stops(save):
         scores = json.loads((folder / "results.json").read_text())["after"]["sts"]
         name = "old" if scores == {"s": 11.11} else "new"
         saved = load_file(folder / "model.safetensors")["embeddings.word_embeddings.weight"]
@@ -487,25 +491,21 @@ def test_killed_anywhere_the_folder_holds_one_whole_model(tmp_path):
         assert encoders[name].pooling in (folder / "README.md").read_text() and (folder / "notes.txt").read_text() == "mine"
         assert (len(json.loads((folder / "modules.json").read_text())) == 3) == encoders[name].normalize
         found.append(name)
-        number += 1
     assert found.count("old") > 10 and found.count("new") > 1 and found == sorted(found, reverse=True)
-    encoders["new"].save_pretrained(folder)
     assert {path.name for path in tmp_path.iterdir()} == {"model"}
 
 
 def test_killed_in_a_first_save_no_loader_takes_what_is_there(tmp_path):
     """A first save into a folder that a run has already created writes the weights last."""
-    number, folder = 1, tmp_path / "run"
+    folder = tmp_path / "run"
     folder.mkdir()
     (folder / "training.log").touch()
-    encoder = tiny_encoder(pooling="cls")
-    while killed_at(number, lambda: save_encoder(encoder, str(folder), verify=False)):
-        if (folder / "model.safetensors").exists():
+    encoder, found = tiny_encoder(pooling="cls"), []
+    for _ in stops(lambda: save_encoder(encoder, str(folder), verify=False)):
+        found.append((folder / "model.safetensors").exists())
+        if found[-1]:
             assert Encoder.from_pretrained(folder).pooling == "cls"
-        number += 1
-        for path in folder.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    assert number > 10 and Encoder.from_pretrained(folder).pooling == "cls"
+    assert found.count(False) > 10 and Encoder.from_pretrained(folder).pooling == "cls"
 
 
 # ---- all-MiniLM-L6-v2 ----

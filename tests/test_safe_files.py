@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import types
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -40,33 +41,54 @@ from hf_embed.files.safe_files import (
 CALLS = ["rename", "replace", "fsync", "unlink", "rmdir", "mkdir", "link", "symlink"]
 
 
-def killed_at(number: int, work) -> bool:
-    """Run `work` in a child process that is killed before its `number`-th system call. Return True if it was killed."""
+def fork(work: Callable[[], object], before_call: Callable[[int], None]) -> int:
+    """Run `work` in a child process, which calls `before_call` with the number of each system call. Return the child's id."""
     child = os.fork()
-    if child == 0:
-        calls = 0
+    if child:
+        return child
+    calls = 0
 
-        def counted(function):
-            def call(*args, **kwargs):
-                nonlocal calls
-                calls += 1
-                if calls == number:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return function(*args, **kwargs)
+    def counted(function):
+        def call(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            before_call(calls)
+            return function(*args, **kwargs)
 
-            return call
+        return call
 
-        for name in CALLS:
-            setattr(os, name, counted(getattr(os, name)))
-        safe_files.exchange = counted(safe_files.exchange)
-        try:
-            work()
-            os._exit(0)
-        finally:
-            os._exit(1)
+    for name in CALLS:
+        setattr(os, name, counted(getattr(os, name)))
+    safe_files.exchange = counted(safe_files.exchange)
+    try:
+        work()
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
+def killed_at(number: int, work: Callable[[], object]) -> bool:
+    """Run `work` in a child process that is killed before its `number`-th system call. Return True if it was killed."""
+    child = fork(work, lambda call: os.kill(os.getpid(), signal.SIGKILL) if call == number else None)
     status = os.waitpid(child, 0)[1]
     assert os.WIFSIGNALED(status) or status == 0
     return os.WIFSIGNALED(status)
+
+
+def stops(work: Callable[[], object]) -> Iterator[int]:
+    """Run `work` in a child process that stops before each system call, and yield the number of the call.
+
+    What is on the disk then is what a kill at this call would leave. This is much faster than one process for each call.
+    """
+    child = fork(work, lambda call: os.kill(os.getpid(), signal.SIGSTOP))
+    number = 0
+    while os.WIFSTOPPED(status := os.waitpid(child, os.WUNTRACED)[1]):
+        number += 1
+        try:
+            yield number
+        finally:  # also when a check fails, the child does not stay
+            os.kill(child, signal.SIGCONT)
+    assert status == 0
 
 
 def test_a_written_file_is_the_old_or_the_new_one(tmp_path):

@@ -1,10 +1,14 @@
-"""Train a tiny model on any number of ranks. Rank 0 saves the results in FOLDER/RANKS.pt (RANKS is the number of ranks).
+"""Train a tiny model on any number of ranks. Rank 0 saves the results in FOLDER/RANKS-PART.pt (RANKS is the number of ranks).
 
-accelerate launch --config_file recipes/accelerate/cpu_2.yaml tests/worker.py FOLDER
+PART is `quick` (the cases in QUICK) or `slow` (the other cases).
+
+accelerate launch --config_file recipes/accelerate/cpu_2.yaml tests/worker.py FOLDER PART
 """
 
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, os.path.dirname(__file__))
@@ -104,31 +108,31 @@ def rows_with_scores(negatives: int) -> list[dict]:
     ]
 
 
-def train_with_scores(folder: str) -> dict[str, dict]:
-    """Train with objectives that need scores or the vectors of a teacher."""
+def replaced(owner, name: str, substitute, run: Callable):
+    """Return what `run` returns while a function of hf_embed is replaced."""
+    original = getattr(owner, name)
+    setattr(owner, name, substitute)
+    try:
+        return run()
+    finally:
+        setattr(owner, name, original)
+
+
+def teacher_folder(folder: str) -> str:
+    """Return the folder of the teacher. The first rank saves it."""
     teacher = os.path.join(folder, f"teacher-{get_world_size()}")
-    if get_rank() == 0:
-        tiny_encoder(seed=5).save_pretrained(teacher)
+    if get_rank() == 0 and not os.path.exists(teacher):
+        tiny_encoder(seed=5).save_pretrained(teacher, verify=False)
     PartialState().wait_for_everyone()
-    runs = {
-        "CoSENT": (CoSENT(), rows_with_scores(0), {}),
-        "CoSENT, cached": (CoSENT(), rows_with_scores(0), {"gradient_caching": True}),
-        "TeacherKL": (TeacherKL(), rows_with_scores(3), {}),
-        "MarginMSE": (MarginMSE(), rows_with_scores(3), {}),
-        "TeacherKL, batch": (TeacherKL(candidates="batch"), rows_with(1), {"teacher": teacher}),
-        "SimCSE, guided": (SimCSE(guide_margin=0.0), rows_with(3), {"teacher": teacher}),
-        "GTE, guided": (ImprovedContrastive(0.2, guide_margin=0.0), rows_with(3), {"teacher": teacher}),
-        "VectorDistillation": (VectorDistillation(), rows_with(1), {"teacher": teacher}),
-    }
-    return {name: train(folder, objective, rows, **settings) for name, (objective, rows, settings) in runs.items()}
+    return teacher
 
 
 def vectors_of_a_teacher(folder: str) -> np.ndarray:
     """Let the ranks encode texts with a teacher into an empty cache, and return the vectors that this rank reads."""
     cache = Path(folder, f"cache-{get_world_size()}")
-    hf_embed.training.teacher.cache_folder = lambda: cache
-    teacher = load_teacher(os.path.join(folder, f"teacher-{get_world_size()}"), torch.device("cpu"))
-    file = vectors_of(teacher, [row["positive"] for row in ROWS[:12]])
+    teacher = load_teacher(teacher_folder(folder), torch.device("cpu"))
+    texts = [row["positive"] for row in ROWS[:12]]
+    file = replaced(hf_embed.training.teacher, "cache_folder", lambda: cache, lambda: vectors_of(teacher, texts))
     assert len(list(cache.rglob("*.npy"))) == 1
     return np.load(file)
 
@@ -210,6 +214,7 @@ def held_out_losses(folder: str) -> dict[str, dict[str, float]]:
         after = trainer.evaluate()
         found[name] = {f"{when} {key}": value for when, scores in (("before", before), ("after", after))
                        for key, value in scores.items() if key.endswith("loss")}  # fmt: skip
+    assert all(other == found for other in gather_objects(found))  # the same on every rank, to the last bit
     return found
 
 
@@ -268,50 +273,81 @@ def own_gradient_only(rows):
     return torch.cat([everyone[:first], rows, everyone[first + len(rows) :]])
 
 
-def main(folder: str) -> None:
-    PartialState()  # initializes the process group
-    hf_embed.trainer.mask_tokens = mask_some
-    result = {
-        "plain": train(folder, evaluated=True),
-        "cached": train(folder, gradient_caching=True),
-        "mlm": train(folder, SimCSE(mlm_weight=0.5)),
-        "temp_scale": train(folder, temp_scale=0.5),
-        "sources": sources_of_each_rank(folder),
-        "two masks": views_of_each_rank(folder),
-        "same mask": views_of_each_rank(folder, same_dropout_mask=True),
-        "same mask, cached": views_of_each_rank(folder, same_dropout_mask=True, gradient_caching=True),
-        "learned temperature": train(folder, ImprovedContrastive(0.2, learn_temperature=True), rows_with(1)),
-    }
+def cases(folder: str) -> dict[str | tuple, Callable[[], object]]:
+    """Return what can be run, by name."""
+    run = partial(train, folder)
+    trainer, collator = hf_embed.trainer, hf_embed.data.collator
+    gather, further, ranks = trainer.gather_rows, trainer.further_arguments, get_world_size()
+
+    def with_teacher(objective, rows: list[dict]) -> dict:
+        return run(objective, rows, teacher=teacher_folder(folder))
+
     several = rows_of_several_positives()
-    result["several positives"] = train(folder, rows=several)
-    result["several positives, gte"] = train(folder, ImprovedContrastive(0.2), several)
-    for key in GTE:
-        _, negatives, tile_rows, caching = key
-        objective = ImprovedContrastive(0.2, tile_rows=tile_rows)
-        result[key] = train(folder, objective, rows_with(negatives), gradient_caching=caching)
-    result |= train_with_scores(folder)
-    everyone = gather_objects(held_out_losses(folder))
-    assert all(found == everyone[0] for found in everyone)  # the same on every rank, to the last bit
-    result["held out"] = everyone[0]
-    result["vectors of each rank"] = gather_objects(vectors_of_a_teacher(folder))
-    further, ranks = hf_embed.trainer.further_arguments, get_world_size()
-    # A mistake: own rows only.
-    hf_embed.trainer.further_arguments = lambda given, needs, _: further(given, needs, lambda rows: torch.cat([rows] * ranks))
-    result["scores of own rows"] = train(folder, CoSENT(), rows_with_scores(0))
-    hf_embed.trainer.further_arguments = further
-    gather = hf_embed.trainer.gather_rows
-    hf_embed.trainer.gather_rows = lambda rows: gather(rows.detach())  # a common mistake: no gradient flows through it
-    result["no_gradient_through_gather"] = train(folder)
-    hf_embed.trainer.gather_rows = own_gradient_only
-    result["own_gradient_only"] = train(folder, ImprovedContrastive(0.2), rows_with(1))
-    hf_embed.trainer.gather_rows = gather
-    hf_embed.data.collator.used_columns = torch.zeros_like
-    result["other positives not masked"] = train(folder, rows=several)
-    result["other positives not masked, gte"] = train(folder, ImprovedContrastive(0.2), several)
+    gte = {
+        ("gte", negatives, tile_rows, caching): partial(
+            run, ImprovedContrastive(0.2, tile_rows=tile_rows), rows_with(negatives), gradient_caching=caching
+        )
+        for _, negatives, tile_rows, caching in GTE
+    }
+    right = gte | {
+        "plain": partial(run, evaluated=True),
+        "cached": partial(run, gradient_caching=True),
+        "mlm": partial(replaced, trainer, "mask_tokens", mask_some, partial(run, SimCSE(mlm_weight=0.5))),
+        "temp_scale": partial(run, temp_scale=0.5),
+        "learned temperature": partial(run, ImprovedContrastive(0.2, learn_temperature=True), rows_with(1)),
+        "several positives": partial(run, rows=several),
+        "several positives, gte": partial(run, ImprovedContrastive(0.2), several),
+        "CoSENT": partial(run, CoSENT(), rows_with_scores(0)),
+        "CoSENT, cached": partial(run, CoSENT(), rows_with_scores(0), gradient_caching=True),
+        "TeacherKL": partial(run, TeacherKL(), rows_with_scores(3)),
+        "MarginMSE": partial(run, MarginMSE(), rows_with_scores(3)),
+        "TeacherKL, batch": partial(with_teacher, TeacherKL(candidates="batch"), rows_with(1)),
+        "SimCSE, guided": partial(with_teacher, SimCSE(guide_margin=0.0), rows_with(3)),
+        "GTE, guided": partial(with_teacher, ImprovedContrastive(0.2, guide_margin=0.0), rows_with(3)),
+        "VectorDistillation": partial(with_teacher, VectorDistillation(), rows_with(1)),
+        "sources": partial(sources_of_each_rank, folder),
+        "two masks": partial(views_of_each_rank, folder),
+        "same mask": partial(views_of_each_rank, folder, same_dropout_mask=True),
+        "same mask, cached": partial(views_of_each_rank, folder, same_dropout_mask=True, gradient_caching=True),
+        "held out": partial(held_out_losses, folder),
+        "vectors of each rank": lambda: gather_objects(vectors_of_a_teacher(folder)),
+    }
+    wrong = {  # common mistakes
+        # No gradient flows through the gather.
+        "no_gradient_through_gather": partial(replaced, trainer, "gather_rows", lambda rows: gather(rows.detach()), run),
+        "own_gradient_only": partial(replaced, trainer, "gather_rows", own_gradient_only, gte["gte", 1, None, False]),
+        "scores of own rows": partial(
+            replaced, trainer, "further_arguments",
+            lambda given, needs, _: further(given, needs, lambda rows: torch.cat([rows] * ranks)), right["CoSENT"],
+        ),
+        "other positives not masked": partial(
+            replaced, collator, "used_columns", torch.zeros_like, right["several positives"]
+        ),
+        "other positives not masked, gte": partial(
+            replaced, collator, "used_columns", torch.zeros_like, right["several positives, gte"]
+        ),
+    }  # fmt: skip
+    return right | wrong
+
+
+QUICK = {  # what runs without the slow tests
+    "plain", "cached", "learned temperature", "several positives, gte", "CoSENT, cached", "TeacherKL, batch", "GTE, guided",
+    "sources", "two masks", "same mask, cached", "held out", "no_gradient_through_gather", "own_gradient_only",
+    "other positives not masked, gte", ("gte", 0, None, False), ("gte", 1, None, False), ("gte", 3, 2, True),
+}  # fmt: skip
+
+
+def results(folder: str, part: str) -> dict:
+    return {name: run() for name, run in cases(folder).items() if (name in QUICK) == (part == "quick")}
+
+
+def main(folder: str, part: str) -> None:
+    PartialState()  # initializes the process group
+    result = results(folder, part)
     if get_rank() == 0:
-        torch.save(result, os.path.join(folder, f"{get_world_size()}.pt"))
+        torch.save(result, os.path.join(folder, f"{get_world_size()}-{part}.pt"))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])
     PartialState().destroy_process_group()
