@@ -305,8 +305,11 @@ def test_drop_empty_rows_counts_them(tokenizer, caplog):
     assert caplog.messages == ["file.csv: 2 of 4 rows had an empty text and were dropped"]
 
 
-@pytest.mark.parametrize("number", [0, 7, False, {"a": "b"}, ["a", 1], 0.0])
-@pytest.mark.parametrize("column", ["query", "positive", "negative"])
+@pytest.mark.parametrize(
+    ("column", "number"),
+    [("query", 0), ("query", {"a": "b"}), ("query", ["a", 1]), ("positive", False), ("positive", 7), ("negative", 0.0),
+     ("negative", ["a", 1])],
+)  # fmt: skip
 def test_drop_empty_rows_drops_no_cell_that_is_not_a_text(column, number, tmp_path, tokenizer):
     """BUG: such rows were dropped, and called empty."""
     rows = [{"query": f"q{i}", "positive": f"p{i}", "negative": f"n{i}"} for i in range(3)] + [{"query": "", "positive": "p"}]

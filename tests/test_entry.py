@@ -317,7 +317,10 @@ def start(words: list, tmp_path: Path, **environment) -> subprocess.CompletedPro
 FIRST = f"hf_embed {hf_embed.__version__}: loading PyTorch and transformers ...\n"
 
 
-@pytest.mark.parametrize("name", RECIPES)
+QUICK = ["sup_simcse", "encode", "evaluate", "tempscale"]
+
+
+@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in RECIPES])
 def test_a_recipe_speaks_before_torch_is_imported(name, tmp_path):
     done = start([ROOT / "recipes" / f"{name}.py"], tmp_path)
     assert (done.returncode, done.stderr, done.stdout) == (7, FIRST + "torch is imported\n", "")

@@ -32,19 +32,25 @@ def makes_sense(case: dict) -> bool:
     return not (case["architecture"] in DECODERS and case["pooling"].startswith("cls"))
 
 
-def pairs(case: dict) -> set:
-    return set(itertools.combinations(case.items(), 2))
+def parts(case: dict) -> set:
+    """Return the architecture, and all pairs of two other settings."""
+    (architecture, *others) = case.items()
+    return {architecture, *itertools.combinations(others, 2)}
 
 
 def cases() -> list:
-    """Return all cases that make sense. All are marked slow except a selection in which every pair of two settings occurs."""
+    """Return all cases that make sense. All are marked slow except a selection.
+
+    In the selection, every architecture and every pair of two other settings occurs. tests/test_export.py loads each pooling of
+    each architecture.
+    """
     every = [dict(zip(AXES, values)) for values in itertools.product(*AXES.values())]
     every = [case for case in every if makes_sense(case)]
-    wanted, chosen = set().union(*(pairs(case) for case in every)), []
+    wanted, chosen = set().union(*(parts(case) for case in every)), []
     while wanted:
-        best = max(every, key=lambda case: len(pairs(case) & wanted))
+        best = max(every, key=lambda case: len(parts(case) & wanted))
         chosen.append(best)
-        wanted -= pairs(best)
+        wanted -= parts(best)
     name = lambda case: "-".join(str(value) for value in case.values())  # noqa: E731
     return [pytest.param(c, id=name(c), marks=[] if c in chosen else pytest.mark.slow) for c in every]
 

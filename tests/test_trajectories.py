@@ -237,7 +237,8 @@ CASES = {
 }
 SLOW = [
     "unsupervised cls_mlp_train", "unsupervised, no dropout", "supervised, pairs", "supervised", "supervised, weight 1.5",
-    "mlm, chunks", "gte, negatives", "gte, positive once", "matryoshka",
+    "mlm, chunks", "gte, negatives", "gte, positive once", "matryoshka", "unsupervised mean", "unsupervised top2",
+    "mlm, unsupervised", "vanilla",
 ]  # fmt: skip
 MARKED = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CASES]
 
