@@ -12,9 +12,11 @@ import copy
 from typing import Any, TypeVar
 
 import torch
+from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import load_peft_weights
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -119,6 +121,37 @@ def merge_adapters(model: PreTrainedModel) -> PreTrainedModel:
     del model.peft_config
     forget_adapters(model)
     return model
+
+
+def with_saved_adapter(model: PreTrainedModel, name: str, **hub: Any) -> PreTrainedModel:
+    """Merge the saved adapter of a folder, or of a repository on the Hub, into the weights of its base model.
+
+    Args:
+        model: the base model.
+        name: the folder or the repository of the adapter.
+        **hub: arguments for PEFT's loader: revision, token, cache_dir, local_files_only, subfolder.
+
+    Raises:
+        InputError: if the adapter cannot be merged, if the model is quantized, or if the adapter's weights are those of another
+            model. PEFT would compute without them.
+    """
+    if getattr(model, "is_quantized", False):
+        raise InputError(
+            f"model '{name}' is an adapter, which cannot be merged into quantized weights without loss; load it without "
+            "quantization, and save it with save_pretrained"
+        )
+    adapted: Any = get_peft_model(model, PeftConfig.from_pretrained(name, **hub))
+    check_kinds(adapted)
+    saved = load_peft_weights(name, device="cpu", **hub)
+    needed = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    loaded: Any = set_peft_model_state_dict(adapted, saved)
+    if wrong := sorted({*needed} - {*saved}) + sorted(loaded.unexpected_keys):
+        problem = "its weights lack" if wrong[0] in needed else "the model has no"
+        raise InputError(
+            f"model '{name}': this adapter does not fit {type(model).__name__} of '{model.config.name_or_path}': {problem} "
+            f"'{wrong[0]}'; merge it with PEFT into the model that it was trained on, and save that"
+        )
+    return merge_adapters(adapted)
 
 
 def merged_shape(model: PreTrainedModel) -> PreTrainedModel:

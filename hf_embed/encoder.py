@@ -477,7 +477,7 @@ class Encoder(WithSettings):
         trust_remote_code: bool = False,
         **model_kwargs: Any,
     ) -> "Encoder":
-        """Load a folder or Hub model: one of this package, one of sentence-transformers, or any `AutoModel`.
+        """Load a folder or Hub model: one of this package, one of sentence-transformers, any `AutoModel`, or an adapter of one.
 
         All settings come from the sentence-transformers files beside the weights. Without such files the pooling is mean (last
         for a causal language model), and texts are truncated to at most 512 tokens.

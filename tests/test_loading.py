@@ -7,13 +7,25 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import error_of, small_tokenizer, tiny_model
-from peft import LoraConfig, get_peft_model
+from conftest import error_of, small_tokenizer, tiny_encoder, tiny_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.models import Pooling, Transformer
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-from transformers import BertForMaskedLM, GPT2Config, GPT2Model, GPTNeoConfig, GPTNeoModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModel,
+    AutoModelForMaskedLM,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2Model,
+    GPTNeoConfig,
+    GPTNeoModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import is_flash_attn_2_available
 
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder
@@ -257,11 +269,69 @@ def test_the_older_name_of_dtype_is_heeded(folder):
 # ---- folders that do not hold a model ----
 
 
-def test_an_adapter_without_its_base_is_one_line(tmp_path):
-    model = get_peft_model(tiny_model("bert"), LoraConfig(target_modules="all-linear"))
-    model.save_pretrained(tmp_path)
-    small_tokenizer().save_pretrained(tmp_path)
-    assert "holds an adapter of an unnamed model, not a model" in error_of(Encoder.from_pretrained, str(tmp_path))
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A folder with settings that no default has."""
+    folder = str(tmp_path_factory.mktemp("base"))
+    tiny_encoder(pooling="cls", normalize=True).save_pretrained(folder, verify=False)
+    return folder
+
+
+def with_numbers(model):
+    """Give the adapters in a model an effect: new ones are zero."""
+    torch.manual_seed(3)
+    for key, parameter in model.named_parameters():
+        if "lora_B" in key:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+TEXTS = ["a cat", "the dog and the house by the river"]
+LORA = LoraConfig(r=4, target_modules=["query", "dense"])
+
+
+def test_an_adapter_that_peft_saved_is_loaded_with_the_settings_of_its_base_model(base, tmp_path):
+    adapted = with_numbers(get_peft_model(AutoModel.from_pretrained(base), LORA))
+    adapted.save_pretrained(tmp_path)
+    expected = Encoder(adapted.eval(), small_tokenizer(), "cls", normalize=True).encode(TEXTS)
+    encoder = Encoder.from_pretrained(tmp_path)
+    assert (encoder.pooling, encoder.normalize, type(encoder.backbone)) == ("cls", True, type(adapted.get_base_model()))
+    np.testing.assert_allclose(encoder.encode(TEXTS), expected, atol=1e-6)
+    assert np.abs(Encoder.from_pretrained(base).encode(TEXTS) - expected).max() > 0.1  # control: the adapter has an effect
+    encoder.save_pretrained(tmp_path / "whole")  # with the check that AutoModel and sentence-transformers give these vectors
+    assert Encoder.from_pretrained(tmp_path, pooling="mean").pooling == "mean"
+
+
+def test_an_adapter_with_settings_of_its_own_gives_sentence_transformers_vectors(base, tmp_path):
+    """The folder has all files of sentence-transformers but the weights. They state another pooling than the base model's."""
+    model = SentenceTransformer(modules=[Transformer(base), Pooling(32)], device="cpu")
+    model.add_adapter(LORA)
+    with_numbers(model).save(str(tmp_path))
+    assert not (tmp_path / "model.safetensors").exists()
+    encoder = Encoder.from_pretrained(tmp_path)
+    assert (encoder.pooling, encoder.normalize) == ("mean", False)
+    expected = SentenceTransformer(str(tmp_path), device="cpu").encode(TEXTS)
+    np.testing.assert_allclose(encoder.encode(TEXTS), expected, atol=1e-5)
+
+
+def test_an_adapter_that_does_not_fit_its_base_model_is_refused(base, tmp_path):
+    """PEFT would compute without its weights: they are those of a model with a head, whose layers have other names."""
+    get_peft_model(AutoModelForMaskedLM.from_pretrained(base), LORA).save_pretrained(tmp_path)
+    message = error_of(Encoder.from_pretrained, tmp_path)
+    assert f"this adapter does not fit BertModel of '{base}': its weights lack 'base_model.model.encoder.layer.0." in message
+
+
+def test_an_adapter_that_names_no_base_model_is_refused(tmp_path):
+    get_peft_model(tiny_model("bert"), LORA).save_pretrained(tmp_path)
+    assert "is an adapter, and its adapter_config.json names no base model; write" in error_of(
+        Encoder.from_pretrained, tmp_path
+    )
+
+
+def test_an_adapter_that_is_no_weight_is_refused(base, tmp_path):
+    config = PromptTuningConfig(num_virtual_tokens=2, task_type="FEATURE_EXTRACTION")
+    get_peft_model(AutoModel.from_pretrained(base), config).save_pretrained(tmp_path)
+    assert "PEFT adapters of the kind PROMPT_TUNING cannot be merged" in error_of(Encoder.from_pretrained, tmp_path)
 
 
 def test_a_model_of_another_class_than_automodel_gives_is_refused_before_the_training(tmp_path):

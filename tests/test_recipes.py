@@ -19,6 +19,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from conftest import error_of, tiny_encoder
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
 from worker import WORDS
 
 from hf_embed import ContrastiveTrainingArguments, Encoder, InputError, SimCSE
@@ -198,13 +199,20 @@ def test_lora_and_mlp_head_export(tmp_path, files, recwarn):
     assert "trains all weights; remove one of them" in error_of(sup, *argv)
     texts = ["the cat", "a house by the river"]
     np.testing.assert_allclose(adapted.encode(texts), merged.encode(texts), atol=1e-5)
+    # The folder of the adapters is loaded like a whole model, with the pooling of the run, if it names its base model.
+    config = out / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": str(files["model"])}))
+    np.testing.assert_allclose(Encoder.from_pretrained(out / "adapter").encode(texts), merged.encode(texts), atol=1e-5)
+    loaded = SentenceTransformer(str(out / "adapter"), device="cpu")
+    np.testing.assert_allclose(loaded.encode(texts), merged.encode(texts), atol=1e-5)
 
 
 def test_adapters_of_a_model_on_the_hub_name_it(tmp_path):
     base = tiny_encoder().backbone
     base.config.name_or_path = "owner/base"
     encoder = Encoder(get_peft_model(base, LoraConfig(r=2, target_modules=["query"])), tiny_encoder().tokenizer)
-    save_adapter(encoder, tmp_path / "adapter")
+    tiny_encoder(pooling="cls").save_pretrained(tmp_path, verify=False)
+    save_adapter(encoder, tmp_path / "adapter", tmp_path)
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == "owner/base"
     card = (tmp_path / "adapter" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: peft\nbase_model: owner/base\n---\n") and '"owner/base"' in card

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_embed.adapters import unpack
+from hf_embed.adapters import unpack, with_saved_adapter
 from hf_embed.checkpoint.layout import read_modules
 from hf_embed.checkpoint.model_files import Files
 from hf_embed.checkpoint.settings import read_settings
@@ -92,6 +92,9 @@ def load_encoder(
     folder = find_transformer(name, **hub)
     backbone, missing = load_model(name, trust_remote_code=trust_remote_code, **folder, **model_kwargs)
     unpack(backbone)
+    if base := base_without_modules(Files(name, **hub)):  # the settings of the base model apply
+        name, hub = base, without_place(hub)
+        folder = find_transformer(name, **hub)
     tokenizer = load_tokenizer(name, trust_remote_code, **folder, **hub)
     settings = read_settings(name, backbone, tokenizer, pooling, **hub)
     settings |= {} if normalize is None else {"normalize": normalize}
@@ -182,7 +185,9 @@ def load_model(
     try:
         where = {key: value for key, value in kwargs.items() if key in (*HUB, "subfolder")}
         files = Files(name, **where)
-        refuse_adapter(files)
+        if base := base_of_adapter(files):
+            model, missing = load_model(base, auto_class, trust_remote_code, **without_place(kwargs))
+            return with_saved_adapter(model, name, **where), missing
         config = kwargs.pop("config", None) or read_config(name, trust_remote_code, **where)
         model_class = getattr(transformers, auto_class or loading_class(config))
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -224,14 +229,32 @@ def read_config(name: str, trust_remote_code: bool = False, **where: Any) -> Pre
         raise unreachable(name, error) from error
 
 
-def refuse_adapter(files: Files) -> None:
-    """Raise InputError if the folder holds an adapter instead of a model."""
-    if (adapter := files.json("adapter_config.json")) is not None:
-        base = adapter.get("base_model_name_or_path") or "an unnamed model"
+def base_of_adapter(files: Files) -> str | None:
+    """Return the base model that adapter_config.json names, or None if the files are those of a whole model.
+
+    Raises:
+        InputError: if it names no base model.
+    """
+    adapter = files.json("adapter_config.json")
+    if adapter is None:
+        return None
+    if not (base := adapter.get("base_model_name_or_path")):
         raise InputError(
-            f"{files.name} holds an adapter of {base}, not a model; load it with PEFT and merge it first "
-            "(merge_and_unload, then save_pretrained)"
+            f"model '{files.name}' is an adapter, and its adapter_config.json names no base model; write the name or the "
+            "folder of that model there, as base_model_name_or_path"
         )
+    return str(base)
+
+
+def base_without_modules(files: Files) -> str | None:
+    """Return the base model of an adapter that is saved without modules.json, or None for all other files."""
+    base = base_of_adapter(files)
+    return base if base and files.path("modules.json") is None else None
+
+
+def without_place(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return `kwargs` without the revision and the folder of an adapter, which are not those of its base model."""
+    return {key: value for key, value in kwargs.items() if key not in ("revision", "subfolder")}
 
 
 def check_weights(files: Files, model: PreTrainedModel, report: dict) -> None:

@@ -4,12 +4,15 @@
 """
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any, cast
 
 from peft import PeftModel
 from transformers import EarlyStoppingCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_embed.checkpoint.layout import MODEL_CONFIG, TRANSFORMER_CONFIGS
+from hf_embed.checkpoint.model_files import MODULE, TOKENIZER
 from hf_embed.data.mixture import Mixture
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
@@ -24,7 +27,8 @@ from hf_embed.training.record import publishable
 
 ADAPTER_CARD = """# LoRA adapters of {of}
 
-The embedding of a text is made of the hidden states of this model by the pooling `{pooling}`. To load the adapters:
+The embedding of a text is made of the hidden states of this model by the pooling `{pooling}`. sentence-transformers and
+hf_embed load this folder like the folder of a whole model. To load the adapters alone:
 
 ```python
 from peft import PeftModel
@@ -33,6 +37,9 @@ from transformers import AutoModel
 model = PeftModel.from_pretrained(AutoModel.from_pretrained("{base}"), "adapter")  # this folder
 ```
 """
+
+# The files of a saved model, beside its modules, that say how texts become vectors.
+SETTINGS = {"modules.json", MODEL_CONFIG, TRANSFORMER_CONFIGS[0], *TOKENIZER}
 
 
 def make_trainer(plan: Plan, loaded: LoadedModel) -> ContrastiveTrainer:
@@ -95,7 +102,7 @@ def fine_tune(plan: Plan, trainer: ContrastiveTrainer) -> None:
     save_without_push(trainer)  # the report pushes the model together with its results
     trainer.drops_results = False
     if plan.model_args.save_adapter and trainer.is_world_process_zero():
-        save_adapter(trainer.encoder, plan.folder / "adapter")
+        save_adapter(trainer.encoder, plan.folder / "adapter", plan.folder)
     trainer.accelerator.wait_for_everyone()
 
 
@@ -116,13 +123,21 @@ def check_adapter(trainer: ContrastiveTrainer) -> None:
             raise InputError(f"--save_adapter: {what}")
 
 
-def save_adapter(encoder: Encoder, folder: Path) -> None:
-    """Save the adapters in a folder of their own, as PEFT does, without the local path of the base model."""
+def save_adapter(encoder: Encoder, folder: Path, merged: Path) -> None:
+    """Save the adapters in a folder of their own, as PEFT does, without the local path of the base model.
+
+    The tokenizer, and the files of sentence-transformers, which hold the pooling, are copied from the merged model's folder.
+    """
     base, adapted = str(encoder.config.name_or_path), cast(PeftModel, encoder.backbone)
     for config in adapted.peft_config.values():
         config.base_model_name_or_path = None  # PEFT would look for this model on the Hub, and warn if it is not there
     with new_folder(folder) as new:
         adapted.save_pretrained(str(new))
+        for path in merged.iterdir():
+            if path.name in SETTINGS:
+                shutil.copy(path, new)
+            elif MODULE.fullmatch(path.name):
+                shutil.copytree(path, new / path.name)
         file = new / "adapter_config.json"
         on_hub = None if Path(base).exists() else base
         write_json(file, read_json(file) | {"base_model_name_or_path": on_hub})
