@@ -238,7 +238,7 @@ def test_the_preset_of_a_decoder_trains_as_it_says(tmp_path, tokenizers, recipe)
 # ---- averages ----
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["qwen3", *(pytest.param(name, marks=pytest.mark.slow) for name in MODELS if name != "qwen3")])
 def test_the_average_of_two_trainings(tmp_path, tokenizers, name):
     for seed in (1, 2):
         run = trainer(tmp_path / str(seed), adapted(name, seed), tokenizers[name], normalize=True, seed=seed)

@@ -165,7 +165,7 @@ def test_a_model_that_cannot_pack_long_rows_is_padded_from_then_on(caplog, cachi
 
 @pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("name", PACKED)
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("training", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_packed_equals_padded(name, pooling, training):
     """Training without dropout and evaluation use different functions for attention."""
     if pooling == "cls_mlp" and name == "distilbert":

@@ -474,11 +474,11 @@ def test_two_runs_beside_each_other_share_the_vectors(tmp_path, monkeypatch):
         "folder = Path(sys.argv[1]); "
     )
     hold += "folder.mkdir(parents=True); lock_folder(folder); print('held', flush=True); time.sleep(float(sys.argv[2]))"
-    other = subprocess.Popen([sys.executable, "-c", hold, str(work), "2"], stdout=subprocess.PIPE, text=True)
+    other = subprocess.Popen([sys.executable, "-c", hold, str(work), "1"], stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "held\n"
     start = time.perf_counter()
     file = vectors_of(teacher, texts)
-    assert time.perf_counter() - start > 1 and other.wait() == 0
+    assert time.perf_counter() - start > 0.5 and other.wait() == 0
     assert np.load(file).shape == (2, 32)
 
 

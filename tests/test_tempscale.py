@@ -245,7 +245,7 @@ def test_growth_is_refused_where_texts_share_positions():
 # ---- on a live model ----
 
 
-@pytest.mark.parametrize("name", ["bert", "modernbert", "qwen3"])
+@pytest.mark.parametrize("name", ["bert", *(pytest.param(name, marks=pytest.mark.slow) for name in ("modernbert", "qwen3"))])
 def test_compiled(name):
     model = make(name, "sdpa")
     before = states(model)
