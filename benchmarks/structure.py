@@ -26,6 +26,13 @@ TIERS = [
     ["kit"],
     ["recipes"],
 ]  # fmt: skip
+# What makes a training step, a saved folder and TempScale, in the order in which docs/design.md recommends to read it.
+READING = [
+    "recipes.sup_simcse", "trainer", "data.tokenization", "data.sampling", "data.collator", "step", "forward.chunking",
+    "forward.packing", "pooling", "distributed", "objectives.base", "objectives.simcse", "objectives.gte", "encoder",
+    "checkpoint.save", "checkpoint.layout", "checkpoint.verify", "tempscale.config", "tempscale.registry",
+    "tempscale.attention", "tempscale.fold",
+]  # fmt: skip
 # The only imports from a later tier that are allowed: methods of Encoder import checkpoint when they load or save.
 EXCEPTIONS = {("encoder", "checkpoint.load"), ("encoder", "checkpoint.save")}
 NO_CORE = ("tempscale", "kit", "recipes")
@@ -216,6 +223,7 @@ def main() -> None:
     print(f"package                  {count(package)} (without docstrings, comments and blank lines)")
     print(f"  core                   {count(core)} (all but tempscale and kit)")
     print(f"recipes                  {count(recipes)}")
+    print(f"reading list             {count(READING)}")
     print(f"import tiers             {len(TIERS)}")
     print(f"imports that climb       {len(climbing())}, beside {len(EXCEPTIONS)} inside methods of Encoder")
     print(f"cycles                   {len(cycles())}")

@@ -74,6 +74,13 @@ def test_the_page_shows_the_tiers(structure):
     assert shown == {number: set(packages) for number, packages in enumerate(structure.TIERS, 1)}
 
 
+def test_the_page_has_the_reading_list(structure):
+    page = (ROOT / "docs/design.md").read_text(encoding="utf-8")
+    section = page.partition("## What to read first\n")[2].partition("\n## ")[0]
+    shown = re.findall(r"^\d+\. `([\w/]+)\.py`", section, re.MULTILINE)
+    assert [name.replace("/", ".") for name in shown] == structure.READING
+
+
 def test_no_picture_is_drawn_with_pyplot():
     """It has one current backend, which belongs to the user."""
     assert [path for path in (ROOT / "hf_embed").rglob("*.py") if "pyplot" in path.read_text(encoding="utf-8")] == []
