@@ -104,6 +104,20 @@ def frozen_imports() -> None:
     gc.freeze()
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Iterator[None]:
+    """Skip a test in which transformers asks for a newer PEFT: transformers 5.24 came before the PEFT that it needs.
+
+    It does so only for adapters inside a model (`model.add_adapter`), not for `get_peft_model`.
+    """
+    try:
+        return (yield)
+    except ValueError as error:
+        if "version of PEFT you are using is not compatible" in str(error):
+            pytest.skip(str(error))
+        raise
+
+
 def tiny_model(name: str = "bert", seed: int = 0, **config):
     """Return a random model. Its weights are large enough that texts get different vectors; dropout is the default."""
     model_class, config_class, settings = TINY[name]
