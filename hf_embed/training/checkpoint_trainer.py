@@ -324,7 +324,9 @@ class CheckpointTrainer(HubTrainer):
         if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
             self.control.should_training_stop = True
             return
-        named["train_dataloader"].set_epoch(named["epoch"])  # transformers before 5.17 does not where a run resumes
+        loader = named["train_dataloader"]
+        if hasattr(loader, "set_epoch"):  # that of a subclass may have none. transformers before 5.17 resumes without this call
+            loader.set_epoch(named["epoch"])
         super()._run_epoch(*args, **named)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
