@@ -21,6 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.checkpoint import whole
+from hf_embed.data.loader import EpochDataLoader
 from hf_embed.distributed import gather_objects, on_main
 from hf_embed.errors import InputError, in_short
 from hf_embed.files import safe_files
@@ -325,7 +326,7 @@ class CheckpointTrainer(HubTrainer):
             self.control.should_training_stop = True
             return
         loader = named["train_dataloader"]
-        if hasattr(loader, "set_epoch"):  # that of a subclass may have none. transformers before 5.17 resumes without this call
+        if isinstance(loader, EpochDataLoader):  # transformers before 5.17 does not call this where a run resumes
             loader.set_epoch(named["epoch"])
         super()._run_epoch(*args, **named)
 
