@@ -444,6 +444,14 @@ def test_predict_embeds(tmp_path):
     assert found.metrics["test_samples"] == len(WORDS) and found.metrics["test_runtime"] > 0
 
 
+def test_predict_embeds_pairs_with_scores(tmp_path):
+    """BUG: an STS set was refused, because "training would treat every pair as a positive"."""
+    made = trainer(tmp_path)
+    found = made.predict(GRADED).predictions
+    expected = np.stack([made.encoder.encode(GRADED[name]) for name in ("sentence1", "sentence2")], axis=1)
+    assert np.abs(found - expected).max() < 1e-5
+
+
 def test_predict_uses_prompts_and_refuses_bad_rows(tmp_path):
     prompts = {"query": "find: ", "document": "text: "}
     made = trainer(tmp_path, settings={"prompts": prompts})
