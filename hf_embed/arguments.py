@@ -4,7 +4,7 @@ import dataclasses
 import os
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from accelerate.utils import parse_flag_from_env
@@ -18,7 +18,7 @@ from hf_embed.forward.activations import check_caching
 from hf_embed.pooling import POOLINGS, check_pooling
 from hf_embed.ranges import setting
 from hf_embed.ranks import limit_waiting
-from hf_embed.training.settings import METRIC_SCHEDULES, OF_GEOMETRY, check_after, check_before, refuse_other_fields
+from hf_embed.training.settings import METRIC_SCHEDULES, OF_GEOMETRY, OTHERS, check_after, check_before, refuse_other_fields
 
 
 @dataclass
@@ -82,6 +82,12 @@ class ContrastiveTrainingArguments(TrainingArguments):
     allow_changed: bool = setting(
         False, "Resume even if the rows, the objective, the pooling or the like differ from the checkpoint's."
     )
+
+    def __new__(cls, *args: Any, **settings: Any) -> Self:
+        """Refuse settings of sentence-transformers by name. Without this, Python would call them unexpected arguments."""
+        for name in settings.keys() & OTHERS.keys() - {field.name for field in dataclasses.fields(cls)}:
+            raise InputError(f"ContrastiveTrainingArguments has no setting {name}; {OTHERS[name]}")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         check_before(self)

@@ -444,6 +444,14 @@ def test_predict_embeds(tmp_path):
     assert found.metrics["test_samples"] == len(WORDS) and found.metrics["test_runtime"] > 0
 
 
+def test_predict_embeds_pairs_with_scores(tmp_path):
+    """BUG: an STS set was refused, because "training would treat every pair as a positive"."""
+    made = trainer(tmp_path)
+    found = made.predict(GRADED).predictions
+    expected = np.stack([made.encoder.encode(GRADED[name]) for name in ("sentence1", "sentence2")], axis=1)
+    assert np.abs(found - expected).max() < 1e-5
+
+
 def test_predict_uses_prompts_and_refuses_bad_rows(tmp_path):
     prompts = {"query": "find: ", "document": "text: "}
     made = trainer(tmp_path, settings={"prompts": prompts})
@@ -453,3 +461,74 @@ def test_predict_uses_prompts_and_refuses_bad_rows(tmp_path):
     assert "the text is empty" in error_of(made.predict, Dataset.from_dict({"text": ["a", " "]}))
     ragged = Dataset.from_list([{"query": "a", "positive": "b", "negatives": ["c"]}, {"query": "a", "positive": "b"}])
     assert "rows have different numbers of texts" in error_of(made.predict, ragged)
+
+
+class During(TrainerCallback):
+    """Call a function at the beginning of the second step."""
+
+    def __init__(self, function):
+        self.function, self.trainer = function, None
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            self.function(self.trainer)
+
+
+def during(tmp_path, function, **given) -> ContrastiveTrainer:
+    callback = During(function)
+    callback.trainer = trainer(tmp_path, callbacks=[callback], **given)
+    return callback.trainer
+
+
+def without_first_layer():
+    model = new_model()
+    model.encoder.layer[0].requires_grad_(False)
+    return model
+
+
+def unfreeze(made):
+    made.encoder.backbone.encoder.layer[0].requires_grad_(True)
+
+
+@pytest.mark.parametrize(
+    "function, problem",
+    [
+        (lambda made: setattr(made, "train_dataset", PAIRS), "train_dataset was changed after the trainer was made"),
+        (lambda made: setattr(made.encoder, "max_length", 4), "encoder.max_length was changed after the trainer was made"),
+        (lambda made: setattr(made.args, "pooling", "cls"), "pooling was None when the trainer was made and is now 'cls'"),
+        (
+            lambda made: setattr(made.args, "per_device_train_batch_size", 8),
+            "per_device_train_batch_size was changed from 4 to 8",
+        ),
+        (unfreeze, "and 13 more: the weights were frozen when the training began"),
+    ],
+)
+def test_a_callback_that_changes_what_is_read_at_the_beginning_is_refused(tmp_path, function, problem):
+    """BUG: new rows, lengths and batch sizes had no effect, and layers that a callback unfroze were not trained."""
+    assert problem in error_of(during(tmp_path, function, model=without_first_layer()).train)
+
+
+def test_a_callback_may_unfreeze_weights_that_the_optimizer_has(tmp_path):
+    model = without_first_layer()
+    start = copy.deepcopy(model.encoder.layer[0].state_dict())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    during(tmp_path, unfreeze, model=model, optimizers=(optimizer, None)).train()
+    moved = [name for name, tensor in model.encoder.layer[0].state_dict().items() if not torch.equal(tensor, start[name])]
+    assert len(moved) >= 15 and "attention.self.query.weight" in moved
+
+
+def test_a_subclass_may_give_a_plain_loader(tmp_path):
+    """BUG: AttributeError, because a DataLoader of PyTorch has no set_epoch. Trainer calls it only where there is one."""
+    seen = []
+
+    class InOrder(ContrastiveTrainer):
+        def get_train_dataloader(self):
+            return torch.utils.data.DataLoader(self.train_dataset, 5, collate_fn=self.data_collator)
+
+        def compute_loss(self, model, inputs, *args, **named):
+            seen.append(inputs["text_ids"].tolist())
+            return super().compute_loss(model, inputs, *args, **named)
+
+    made = trainer(tmp_path, kind=InOrder)
+    made.train()
+    assert [ids for batch in seen for ids in batch] == made.train_dataset["text_ids"][:]

@@ -401,3 +401,12 @@ def test_arguments_of_other_trainers_are_converted_or_refused_by_name(tmp_path, 
     ):
         message = error_of(make, tmp_path, args=SentenceTransformerTrainingArguments(str(tmp_path), **QUIET, **settings))
         assert part in message, message
+
+
+@pytest.mark.parametrize(
+    "name, part", [("batch_sampler", "negative of itself"), ("multi_dataset_batch_sampler", "source_alpha=0 draws all alike")]
+)
+def test_settings_of_sentence_transformers_are_refused_by_name(tmp_path, name, part):
+    """BUG: where only the name of the class was changed, Python called them unexpected arguments, without the mend."""
+    message = error_of(ContrastiveTrainingArguments, str(tmp_path), **{name: "round_robin"}, prompts={"query": "query: "})
+    assert f"has no setting {name}; remove it" in message and part in message

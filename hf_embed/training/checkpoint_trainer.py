@@ -21,6 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.checkpoint import whole
+from hf_embed.data.loader import EpochDataLoader
 from hf_embed.distributed import gather_objects, on_main
 from hf_embed.errors import InputError, in_short
 from hf_embed.files import safe_files
@@ -324,7 +325,9 @@ class CheckpointTrainer(HubTrainer):
         if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
             self.control.should_training_stop = True
             return
-        named["train_dataloader"].set_epoch(named["epoch"])  # transformers before 5.17 does not where a run resumes
+        loader = named["train_dataloader"]
+        if isinstance(loader, EpochDataLoader):  # transformers before 5.17 does not call this where a run resumes
+            loader.set_epoch(named["epoch"])
         super()._run_epoch(*args, **named)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

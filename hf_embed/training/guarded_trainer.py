@@ -21,7 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from hf_embed.arguments import READ_ONCE, ContrastiveTrainingArguments
 from hf_embed.distributed import gather_objects
 from hf_embed.encoder import Encoder
-from hf_embed.errors import InputError, RankError
+from hf_embed.errors import InputError, RankError, listed
 from hf_embed.evaluation.tasks import Task, logged_by, main_metric
 from hf_embed.files.disk import disk_errors
 from hf_embed.forward.activations import AS_NEEDED, Activations, check_caching
@@ -35,6 +35,7 @@ from hf_embed.library_internals import (
     run_folder,
     set_accelerate_state,
     total_loss,
+    train_batch_size,
 )
 from hf_embed.ranks import PeerWatch, peers_in_one_line, writing_alone
 from hf_embed.step import own_parameters_without
@@ -78,6 +79,7 @@ class GuardedTrainer(CheckpointTrainer):
         # The classes of the optimizer and the schedule that the user gave, and the settings that they replace.
         self.given = {type(part).__name__: settings for part, settings in parts if part is not None}
         self.accelerate_state = accelerate_state()
+        self.begun: set[str] = set()  # the weights that required a gradient when the training began
         self.optimizer_of: dict[str, Any] | None = None  # what the optimizer was made for, if Trainer has made it
         self.check_skipping()
         self.check_caching()
@@ -114,18 +116,45 @@ class GuardedTrainer(CheckpointTrainer):
                     "effect; make a new ContrastiveTrainer with it (hyperparameter_search cannot search it)"
                 )
 
-    def check_unchanged(self) -> None:
-        """Check, before a training, what a script may have changed since the trainer was made.
-
-        Raises:
-            InputError: if a change would have no effect, or if the settings or the callbacks are wrong now.
-        """
+    def _check_parts(self) -> None:
+        """Raise InputError if a part of the trainer, or what the rows were tokenized with, was changed since it was made."""
         changed = [name for name, part in self._parts().items() if part is not self.made_of[name]]
         changed += [name for name, value in self._for_tokens().items() if value != self.tokenized_with[name]]
         if self.model_init is None and not self.sharded and self.model is not self.step:
             changed.append("model")
         if changed:
             raise InputError(f"{changed[0]} was changed after the trainer was made; make a new ContrastiveTrainer with it")
+
+    def check_during(self) -> None:
+        """Check what a callback may have changed in the middle of a training.
+
+        Raises:
+            InputError: if a change has no effect, or if weights require a gradient only now and would not be trained rightly.
+        """
+        self.check_read()
+        self._check_parts()
+        before, now = train_batch_size(self), self.args.train_batch_size
+        if now != before:
+            raise InputError(
+                f"per_device_train_batch_size was changed from {before} to {now} during the training, which has no effect; end "
+                "the training, and call train again"
+            )
+        weights = {} if self.sharded else dict(self.step.named_parameters())
+        late = [name for name, weight in weights.items() if weight.requires_grad and name not in self.begun]
+        held = {weight for group in cast(Any, self.optimizer).param_groups for weight in group["params"]}
+        if late and (self.args.world_size > 1 or not held.issuperset(weights[name] for name in late)):
+            raise InputError(
+                f"{listed(late)}: the weights were frozen when the training began, so they are not trained now; unfreeze them "
+                "after a first training, and call train again"
+            )
+
+    def check_unchanged(self) -> None:
+        """Check, before a training, what a script may have changed since the trainer was made.
+
+        Raises:
+            InputError: if a change would have no effect, or if the settings or the callbacks are wrong now.
+        """
+        self._check_parts()
         self._renew_optimizer()
         check_settings(self.args, own_tasks(self), self.other_metrics)
         check_batch(self.args)
@@ -143,6 +172,7 @@ class GuardedTrainer(CheckpointTrainer):
                 belongs to another optimizer.
         """
         prepared = super()._prepare_for_training(*args, **named)
+        self.begun = {name for name, weight in self.step.named_parameters() if weight.requires_grad}
         if not self.sharded:
             self.encoder.check_changed()  # `Trainer` has moved a model of `model_init` to its device
             if not made_schedule(self):
@@ -242,6 +272,9 @@ class GuardedTrainer(CheckpointTrainer):
 
         A checkpoint of the last step of an epoch is saved after what is logged and evaluated at the end of the epoch.
         """
+        control = self.control
+        if control.should_log or control.should_evaluate or control.should_save or control.should_training_stop:
+            self.check_during()
         at_epoch_end = "epoch" in (self.args.eval_strategy, self.args.logging_strategy)
         if at_epoch_end and self.stop_requests.before_epoch_end(self.state):
             self.saves_later, self.control.should_save = self.control.should_save, False

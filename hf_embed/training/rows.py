@@ -12,7 +12,7 @@ from transformers.trainer_utils import PredictionOutput, speed_metrics
 
 from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.data.collator import RaggedCollator
-from hf_embed.data.columns import text_columns
+from hf_embed.data.columns import judging_columns, text_columns
 from hf_embed.data.loader import batch_sampler
 from hf_embed.data.mixture import Mixture, Source, TrainData, has_several_positives, make_mixture, tokenize_source
 from hf_embed.data.python_rows import RowData
@@ -354,7 +354,8 @@ def columns_of_texts(given: RowData, name: str) -> list[list[str]]:
         InputError: if the columns are not recognized, a text is empty, or the rows have different numbers of texts.
     """
     rows = stored_rows(given, name)
-    texts = list(texts_of(rows, text_columns(rows.column_names, name), name))
+    judges = judging_columns(rows.column_names)  # a score or a label is no reason not to embed the texts
+    texts = list(texts_of(rows, text_columns([column for column in rows.column_names if column not in judges], name), name))
     if len(set(map(len, texts))) > 1:
         raise InputError(f"{name}: the rows have different numbers of texts; give one column of texts, or rows of equal length")
     return list(map(list, zip(*texts)))

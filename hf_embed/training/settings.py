@@ -88,7 +88,7 @@ LOADER = {
 OTHERS = {
     "prompts": 'give ContrastiveTrainingArguments(prompts={"query": "...", "document": "..."})',
     "batch_sampler": "remove it: a text that occurs twice in a batch is not used as a negative of itself",
-    "multi_dataset_batch_sampler": "remove it: ContrastiveTrainingArguments(source_alpha=) sets how often a source is drawn",
+    "multi_dataset_batch_sampler": "remove it: source_alpha=1 draws sources by size, and source_alpha=0 draws all alike",
 }
 
 OF_GEOMETRY = ("alignment", "uniformity")  # the ends of metric names of which transformers would take the greatest value
