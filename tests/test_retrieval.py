@@ -398,7 +398,7 @@ def test_zero_shot_of_arrays():
     [
         ("a\tx\nb\ty\n", "a text", None, "it must contain {label}"),
         ("a\tx\na\ty\n", "{label}", None, "all labels are a"),
-        ("a\tx\t1\nb\ty\t2\n", "{label}", None, "found 3 columns"),
+        ("a\tx\t1\nb\ty\t2\n", "{label}", None, "found the columns a, x, 1; expected label and text"),
         ("a\tx\nb\ty\n", "{label}", '{"a": "one"}', "there is no text for the label 'b'"),
         ("a\tx\nb\ty\n", "{label}", "[", "is not JSON"),
         ("a\tx\nb\ty\n", "{label}", '["a", "b"]', "does not hold a dict"),
