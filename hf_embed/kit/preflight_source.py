@@ -26,7 +26,9 @@ from hf_embed.data.tokenization import RowTokenizer, columns_to_read, text_id, t
 from hf_embed.encoder import Encoder
 from hf_embed.encoding import beginning
 from hf_embed.kit.false_negatives import equal_candidates, guessing, in_a_batch, uses_batch
-from hf_embed.kit.row_hashes import Ids, RowIds, Texts, batches, exact_ids, hash_rows, looked_up, plain_texts, repeated, row_ids
+from hf_embed.kit.row_hashes import (
+    Ids, RowIds, Texts, batches, exact_ids, hash_rows, in_parts, looked_up, plain_texts, repeated, row_ids,
+)  # fmt: skip
 from hf_embed.kit.similar import similar_pairs
 from hf_embed.objectives import Objective, SimCSE
 from hf_embed.progress import progress_bar
@@ -318,9 +320,12 @@ def tokens_as_ids(subject: Subject, ids: RowIds) -> tuple[np.ndarray, np.ndarray
         The exact hashes of the texts, sorted; and for each the hash of its token ids, uint64.
     """
     exact, plain = ids.everything("exact"), ids.everything("plain")
-    _, first = np.unique(exact, return_index=True)
-    _, which, counts = np.unique(plain[first], return_inverse=True, return_counts=True)
-    chosen = np.sort(first[counts[which] > 1])[:VARIANTS]
+    variants = [np.array([], int)]
+    for places in in_parts(plain):
+        _, first = np.unique(exact[places], return_index=True)
+        _, which, counts = np.unique(plain[places[first]], return_inverse=True, return_counts=True)
+        variants.append(places[first[counts[which] > 1]])
+    chosen = np.sort(np.concatenate(variants))[:VARIANTS]
     wanted = exact[chosen]
     by_hash: dict[int, int] = {}
     numbers = np.unique(ids.origins[ids.row_of_each()[chosen]])

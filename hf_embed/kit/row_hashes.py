@@ -163,18 +163,28 @@ def count_odd(texts: Texts, odd: Counter[str], first_odd: dict[str, int]) -> Non
             first_odd.setdefault(name, int(places[found].min()))
 
 
+def in_parts(ids: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield the positions of the hashes in 16 groups, by their first 4 bits. Sorting one group needs 1/16 of the memory."""
+    for first in range(16):
+        yield np.flatnonzero(ids >> np.uint64(60) == first)
+
+
 def repeated(ids: np.ndarray) -> np.ndarray:
     """Return which hashes also occur earlier in the array, bool of the same length."""
-    _, first = np.unique(ids, return_index=True)
     again = np.ones(len(ids), bool)
-    again[first] = False
+    for places in in_parts(ids):
+        _, first = np.unique(ids[places], return_index=True)
+        again[places[first]] = False
     return again
 
 
 def counts_of(ids: np.ndarray, among: np.ndarray) -> np.ndarray:
-    """Return how often each hash of `ids` occurs in `among`, an array of the length of `ids`."""
-    known, counts = np.unique(among, return_counts=True)
-    return looked_up(ids, known, counts, otherwise=np.zeros(len(ids), int))
+    """Return how often each hash of `ids` occurs in `among`, int32 of the length of `ids`."""
+    found = np.zeros(len(ids), np.int32)
+    for places, others in zip(in_parts(ids), in_parts(among)):
+        known, counts = np.unique(among[others], return_counts=True)
+        found[places] = looked_up(ids[places], known, counts, otherwise=found[places])
+    return found
 
 
 def looked_up(ids: np.ndarray, keys: np.ndarray, values: np.ndarray, otherwise: np.ndarray) -> np.ndarray:
