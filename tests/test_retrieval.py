@@ -315,7 +315,7 @@ def test_code_search_of_a_package():
     ("content", "expected"),
     [
         (None, "there is no such file, folder or installed package"),
-        ('{"doc": "a", "code": "b"}\n', "code search needs docstring and code"),
+        ('{"doc": "a", "code": "b"}\n', "found the columns doc, code; expected docstring and code"),
         ('{"docstring": "a", "code": "b"}\n{"docstring": "c", "code": null}\n', "row 2, column 'code': the text is missing"),
     ],
 )

@@ -27,8 +27,18 @@ from hf_embed.encoder import Encoder
 from hf_embed.encoding import beginning
 from hf_embed.kit.false_negatives import equal_candidates, guessing, in_a_batch, uses_batch
 from hf_embed.kit.row_hashes import (
-    Ids, RowIds, Texts, batches, exact_ids, hash_rows, in_parts, looked_up, plain_texts, repeated, row_ids,
-)  # fmt: skip
+    Ids,
+    RowIds,
+    Texts,
+    batches,
+    exact_ids,
+    hash_rows,
+    in_parts,
+    looked_up,
+    plain_texts,
+    repeated,
+    row_ids,
+)
 from hf_embed.kit.similar import similar_pairs
 from hf_embed.objectives import Objective, SimCSE
 from hf_embed.progress import progress_bar
