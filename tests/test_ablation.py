@@ -82,7 +82,7 @@ def test_only_missing_runs_are_trained(sentences, tmp_path, monkeypatch):
     first = run(sentences, folder, "--variants", "dropout", "same mask")
     made = []
     make = ablation.make_trainer
-    monkeypatch.setattr(ablation, "make_trainer", lambda plan, model: made.append(plan) or make(plan, model))
+    monkeypatch.setattr(ablation, "make_trainer", lambda plan: made.append(plan) or make(plan))
     assert run(sentences, folder, "--variants", "dropout", "same mask") == first and not made
     (folder / "runs" / "same-mask-seed-1" / "path.json").unlink()
     assert run(sentences, folder, "--variants", "dropout", "same mask") == first and len(made) == 1
@@ -137,7 +137,7 @@ def test_variants_of_a_yaml_file(sentences, tmp_path):
 
 
 def test_bad_input_before_the_first_run(sentences, tmp_path, monkeypatch):
-    monkeypatch.setattr(ablation, "make_trainer", lambda plan, model: pytest.fail("a run was started"))
+    monkeypatch.setattr(ablation, "make_trainer", lambda plan: pytest.fail("a run was started"))
     config = tmp_path / "bad.yaml"
     for variants, message in (
         ("{a > b: {}, a < b: {}}", "the name of another variant differs only in punctuation"),

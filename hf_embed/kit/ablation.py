@@ -26,7 +26,6 @@ from hf_embed.files.safe_files import write_text, writing
 from hf_embed.kit.cli import FROM_HAND, Flags
 from hf_embed.kit.content import content_of
 from hf_embed.kit.finetune import make_trainer
-from hf_embed.kit.models import load_model
 from hf_embed.kit.overwrite import EarlierRun
 from hf_embed.kit.plan import Plan
 from hf_embed.kit.preflight import preflight_plan
@@ -225,7 +224,7 @@ def run_path(plan: Plan, title: str, file: Path) -> list[dict[str, Any]]:
 
     The main process stores the path and the settings in `file`.
     """
-    trainer = make_trainer(plan, load_model(plan))
+    trainer = make_trainer(plan)
     trainer.add_callback(plan.earlier)
     trainer.watch.warned = True  # no warning of a bad geometry, because the picture shows it
     trainer.stop_requests.saves = False  # a stopped run saves no checkpoint, because it is trained again from its first step
