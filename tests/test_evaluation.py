@@ -185,6 +185,11 @@ def test_read_sts_by_name_else_by_position(header, order, tmp_path):
     assert rows.to_dict() == {"sentence1": [ROWS[0][1], "NA"], "sentence2": ["a cat", "007"], "score": [4.5, 0.0]}
 
 
+def test_read_sts_without_header_ignores_further_columns(tmp_path):
+    rows = read_sts(write(tmp_path / "a.csv", [["5", "a", "a", "x"], ["1", "b", "c", "y"]], ","))
+    assert rows.to_dict() == {"sentence1": ["a", "b"], "sentence2": ["a", "c"], "score": [5.0, 1.0]}
+
+
 def test_read_sts_jsonl(tmp_path):
     items = [{"score": 1, "sentence1": "a", "sentence2": "b"}, {"score": 2.5, "sentence1": "c", "sentence2": "d"}]
     rows = read_sts(write(tmp_path / "a.jsonl", [[json.dumps(item)] for item in items]))
@@ -201,11 +206,11 @@ BAD_SETS = {
     "too few columns": ([["1", "a"], ["2", "b"]], "found the columns 1, a; expected score, sentence1 and sentence2, by name"),
     "another order": ([["a", "b", "1"], ["c", "d", "2"]], "should hold the scores, but it begins with 'a'; add a header"),
     # BUG: pandas writes row numbers into the first column; they were the scores, and the scores were sentences.
-    "row numbers": ([["0", "1.5", "a", "b"], ["1", "2", "c", "d"]], "found the columns 0, 1.5, a, b; expected score, sente"),
+    "row numbers": ([["0", "1.5", "a", "b"], ["1", "2", "c", "d"]], "column 2 holds only numbers too; remove a column"),
     # BUG: the row numbers of SICK-R without its header were the scores, and its scores were left out.
     "row numbers and scores": (
         [["1", "a", "b", "4.5", "NEUTRAL"], ["2", "c", "d", "3.2", "ENTAILMENT"]],
-        "found the columns 1, a, b, 4.5, NEUTRAL; expected score, sentence1 and sentence2",
+        "column 4 holds only numbers too; remove a column of row numbers, or add a header",
     ),
     "one row": ([HEADER, ["1", "a", "b"]], "there are 1 row(s), but a rank correlation needs at least 2"),
     # BUG: If the header had only two of the three names, columns were used by position and the header counted as a row.

@@ -39,13 +39,14 @@ def read_rows(path: str) -> Dataset:
     return read_file(path) if rows is None else rows
 
 
-def read_layout(path: str, layouts: Sequence[Sequence[str]]) -> tuple[Dataset, bool]:
+def read_layout(path: str, layouts: Sequence[Sequence[str]], further: bool = False) -> tuple[Dataset, bool]:
     """Return the columns of an evaluation set that have one of some layouts, in the order of the layout.
 
     Args:
         path: a file, or OWNER/DATASET:SPLIT on the Hub.
         layouts: the plain names of the columns that belong together. The first layout that the rows have is used. The columns
             of a csv or tsv file without a header, whose first row has none of these names, are in the order of the first one.
+        further: whether such a file may have further columns. They are returned too.
 
     Returns:
         The rows with these columns only, and whether the columns have names.
@@ -58,7 +59,8 @@ def read_layout(path: str, layouts: Sequence[Sequence[str]]) -> tuple[Dataset, b
         cells = first_cells(path)
         named = cells is None or not {name for layout in layouts for name in layout}.isdisjoint(map(plain, cells))
         rows = read_file(path, header=named)
-    if not named and len(rows.column_names) == len(layouts[0]):
+    more = len(rows.column_names) - len(layouts[0])
+    if not named and (more == 0 or (further and more > 0)):
         return rows, False
     found = by_plain_name(rows.column_names)
     chosen = next((layout for layout in layouts if found.keys() >= set(layout)), None)

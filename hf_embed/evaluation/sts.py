@@ -54,16 +54,25 @@ def spearman(cosines: np.ndarray, scores: np.ndarray) -> float:
 
 
 def read_sts(path: str) -> Dataset:
-    """Read an STS set with the columns score, sentence1, sentence2 from a file or the Hub; see `read_layout`."""
+    """Read an STS set with the columns score, sentence1, sentence2 from a file or the Hub; see `read_layout`.
+
+    A file without a header may have further columns, which are not used.
+    """
     names = ["score", "sentence1", "sentence2"]
-    rows, named = read_layout(path, [names])
-    rows = rows.rename_columns(dict(zip(rows.column_names, names)))
-    if not named and not is_number(first := rows[0]["score"]):
+    rows, named = read_layout(path, [names], further=True)
+    score, *others = rows.column_names
+    if not named and not is_number(first := rows[0][score]):
         raise InputError(
             f"{path}: the first row does not name score, sentence1 and sentence2, so the first column should hold the "
             f"scores, but it begins with {first!r}; add a header with these names"
         )
-    return check_sts(rows, path)
+    if not named and (numbers := [i for i, column in enumerate(others, 2) if all(map(is_number, rows[column][:]))]):
+        raise InputError(
+            f"{path}: the columns of a file without a header are score, sentence1 and sentence2, but column {numbers[0]} "
+            "holds only numbers too; remove a column of row numbers, or add a header with these names"
+        )
+    used = rows.column_names[: len(names)]
+    return check_sts(rows.select_columns(used).rename_columns(dict(zip(used, names))), path)
 
 
 def check_sts(rows: Dataset, name: str) -> Dataset:
