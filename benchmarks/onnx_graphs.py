@@ -22,7 +22,7 @@ import onnxruntime
 import torch
 
 from hf_embed import Encoder, export_onnx
-from hf_embed.evaluation.sts import STS, read_named_sts
+from hf_embed.evaluation.sts import STS, read_sts
 from hf_embed.kit.plan import QUICKSTART
 
 Encode = Callable[[list[str]], np.ndarray]
@@ -100,7 +100,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         done = export_onnx(encoder, Path(folder, "model"), int8=True)
         paths = {"ONNX, float32": done.path, "ONNX, int8": done.int8_path}
-        report(encoder, paths, texts, STS(read_named_sts(str(args.data / "sts" / "stsb-dev.tsv"))))
+        report(encoder, paths, texts, STS(read_sts(str(args.data / "sts" / "stsb-dev.tsv"))))
         cases = {"sentences": sentences[: args.timed], "articles": articles[: args.timed // 10]}
         sides: dict[str, Encode] = {"PyTorch": encoder.encode}
         sides |= {name: through_graph(encoder, path) for name, path in paths.items()}

@@ -12,7 +12,7 @@ import itertools
 import torch
 
 from hf_embed import Encoder
-from hf_embed.evaluation.sts import STS, read_named_sts
+from hf_embed.evaluation.sts import STS, read_sts
 from hf_embed.kit.plan import QUICKSTART
 from hf_embed.vectors import as_floats, quantize
 
@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--model", default=str(QUICKSTART / "encoder"))
     parser.add_argument("--sts", required=True, help="STS file on which to compare the precisions")
     args = parser.parse_args()
-    encoder, task = Encoder.from_pretrained(args.model), STS(read_named_sts(args.sts))
+    encoder, task = Encoder.from_pretrained(args.model), STS(read_sts(args.sts))
     encoder.to("cuda" if torch.cuda.is_available() else "cpu")
     full: dict[tuple[str, ...], torch.Tensor] = {}
     print(f"{'numbers':>8} {'precision':10} {'bytes':>6} {'Spearman':>9} {'cost':>6}   {args.sts}, {args.model}")

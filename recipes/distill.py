@@ -15,16 +15,14 @@ from typing import Any
 from hf_embed import InputError
 from hf_embed.kit.cli import Flags, run, setting
 from hf_embed.kit.finetune import fine_tune, make_trainer, score_model
-from hf_embed.kit.models import load_model
 from hf_embed.kit.plan import (
-    LANGUAGE_MODEL,
     QUICKSTART,
     Plan,
     make_plan,
     read_evaluation,
     read_flags,
     read_rows,
-    settle_model,
+    settle_language_model,
     settle_quickstart,
     uses_quickstart,
 )
@@ -50,7 +48,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     flags = read_flags([DistillArguments, *CHOICES.values()], CONFIG, argv=argv)
     if uses_quickstart(flags) and not flags.values["teacher"]:
         flags = flags.override(teacher=str(QUICKSTART / "encoder"))
-    flags = settle_quickstart(settle_model(flags, LANGUAGE_MODEL), "distill")
+    flags = settle_quickstart(settle_language_model(flags), "distill")
     return train_each_seed(flags, read_plan, train)
 
 
@@ -70,7 +68,7 @@ def read_plan(flags: Flags) -> Plan:
 
 def train(plan: Plan) -> dict[str, Any]:
     """Load the model, train and save it, and score it before and after the training."""
-    trainer = make_trainer(plan, load_model(plan))
+    trainer = make_trainer(plan)
     before = score_model(trainer)
     fine_tune(plan, trainer)
     return report(plan, trainer, before)

@@ -26,7 +26,7 @@ from hf_embed.entry import recipe_command
 from hf_embed.kit.cli import Flags, run
 from hf_embed.kit.docstrings import mine_negatives, write_sources
 from hf_embed.kit.finetune import fine_tune, make_trainer, score_model
-from hf_embed.kit.models import embed_with, load_model
+from hf_embed.kit.models import embed_with
 from hf_embed.kit.plan import MatryoshkaArguments, Plan, make_plan, read_evaluation, read_flags, read_rows, settle_offline
 from hf_embed.kit.report import report
 from hf_embed.kit.seeds import train_each_seed
@@ -54,7 +54,7 @@ def read_plan(flags: Flags) -> Plan:
 
 def train(plan: Plan) -> dict[str, Any]:
     """Load the model, train and save it, and score it before and after the training."""
-    trainer = make_trainer(plan, load_model(plan))
+    trainer = make_trainer(plan)
     before = score_model(trainer)
     fine_tune(plan, trainer)
     return report(plan, trainer, before)

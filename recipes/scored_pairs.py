@@ -19,7 +19,6 @@ from typing import Any
 
 from hf_embed.kit.cli import Flags, run
 from hf_embed.kit.finetune import fine_tune, make_trainer, score_model
-from hf_embed.kit.models import load_model
 from hf_embed.kit.plan import Plan, make_plan, read_evaluation, read_flags, read_scored_rows, settle_quickstart
 from hf_embed.kit.report import report
 from hf_embed.kit.seeds import train_each_seed
@@ -44,7 +43,7 @@ def read_plan(flags: Flags) -> Plan:
 
 def train(plan: Plan) -> dict[str, Any]:
     """Load the model, train and save it, and score it before and after the training."""
-    trainer = make_trainer(plan, load_model(plan))
+    trainer = make_trainer(plan)
     before = score_model(trainer)
     fine_tune(plan, trainer)
     return report(plan, trainer, before)

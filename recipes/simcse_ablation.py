@@ -17,14 +17,13 @@ from typing import Any
 from hf_embed.kit.ablation import AblationArguments, run_ablation
 from hf_embed.kit.cli import Flags, run
 from hf_embed.kit.plan import (
-    LANGUAGE_MODEL,
     Plan,
     PositiveArguments,
     make_plan,
     read_evaluation,
     read_flags,
     read_rows,
-    settle_model,
+    settle_language_model,
 )
 from hf_embed.objectives import SimCSE
 
@@ -34,7 +33,7 @@ CONFIG = Path(__file__).with_name("configs") / "simcse_ablation_quickstart.yaml"
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Train each variant with each of `--seeds`, and return the content of results.json about the variants."""
     flags = read_flags([SimCSE, PositiveArguments, AblationArguments], CONFIG, unless=["model_name_or_path"], argv=argv)
-    return run_ablation(settle_model(flags, LANGUAGE_MODEL), read_plan)
+    return run_ablation(settle_language_model(flags), read_plan)
 
 
 def read_plan(flags: Flags) -> Plan:

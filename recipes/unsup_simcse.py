@@ -19,16 +19,14 @@ from typing import Any
 
 from hf_embed.kit.cli import Flags, run
 from hf_embed.kit.finetune import fine_tune, make_trainer, score_model
-from hf_embed.kit.models import load_model
 from hf_embed.kit.plan import (
-    LANGUAGE_MODEL,
     Plan,
     PositiveArguments,
     make_plan,
     read_evaluation,
     read_flags,
     read_rows,
-    settle_model,
+    settle_language_model,
     settle_quickstart,
 )
 from hf_embed.kit.report import report
@@ -42,7 +40,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Train once, or once with each of `--seeds`, and return the content of results.json."""
     flags = read_flags([SimCSE, PositiveArguments], CONFIG, unless=["model_name_or_path"], argv=argv)
     flags.make(PositiveArguments).check_used()
-    flags = settle_model(settle_quickstart(flags, "unsup_simcse"), LANGUAGE_MODEL)
+    flags = settle_language_model(settle_quickstart(flags, "unsup_simcse"))
     return train_each_seed(flags, read_plan, train)
 
 
@@ -55,7 +53,7 @@ def read_plan(flags: Flags) -> Plan:
 
 def train(plan: Plan) -> dict[str, Any]:
     """Load the model, train and save it, and score it before and after the training."""
-    trainer = make_trainer(plan, load_model(plan))
+    trainer = make_trainer(plan)
     before = score_model(trainer)
     fine_tune(plan, trainer)
     return report(plan, trainer, before)

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 from conftest import error_of, tiny_encoder
 
 from hf_embed import InputError
-from hf_embed.kit.docstrings import read_pages
+from hf_embed.kit import docstrings
 from hf_embed.kit.length_collapse import collapse, geometry, high_frequency, length_report, lines, plot_collapse
 from hf_embed.tempscale import tempscale
 
@@ -105,7 +104,8 @@ def test_recipe_without_arguments(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(Path(__file__).parent.parent / "recipes")
     monkeypatch.chdir(tmp_path)
     recipe = __import__("length_collapse")
-    monkeypatch.setattr(recipe, "read_pages", partial(read_pages, ("accelerate",), 40))  # reading all packages is slow
+    monkeypatch.setattr(docstrings, "PACKAGES", ("accelerate",))  # reading all packages is slow
+    monkeypatch.setattr(docstrings, "MAX_FILES", 40)
     monkeypatch.setattr(sys, "argv", ["length_collapse.py", "--max_texts", "12", "--lengths", "16", "32"])
     recipe.main()
     assert "as it is" in capsys.readouterr().out

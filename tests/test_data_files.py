@@ -300,7 +300,7 @@ def test_passages_are_read_with_their_titles(kind, ending, tmp_path, tokenizer):
         assert read_pairs(read_file(path), path) == [tuple(row[:2]) for row in texts]
         assert read_reranking(path).judged == [("who", ["T one", "two"], ["U x", "y"])]
         (batch,) = batches(read_file(path), [query, positives, negatives], path)
-        assert batch.positives.to_pylist() == [row[1] for row in texts] and batch.negatives.to_pylist() == ["U x", "y"] * 2
+        assert batch.positives == [row[1] for row in texts] and batch.negatives == ["U x", "y"] * 2
 
 
 def test_an_object_without_a_text_is_no_passage(tokenizer):

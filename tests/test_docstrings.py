@@ -7,6 +7,7 @@ from conftest import error_of
 
 from hf_embed.data.source_files import read_sources
 from hf_embed.evaluation.retrieval import read_retrieval
+from hf_embed.kit import docstrings
 from hf_embed.kit.docstrings import Definition, held_out, read_definitions, write_sources
 
 MODULE = '''
@@ -108,8 +109,9 @@ def test_held_out_is_by_module():
     assert 0.1 < share < 0.15
 
 
-def test_sources_are_read_by_the_recipes(tmp_path):
-    counts = write_sources(tmp_path / "data", ("evaluate", "accelerate", "absent_package"))
+def test_sources_are_read_by_the_recipes(tmp_path, monkeypatch):
+    monkeypatch.setattr(docstrings, "PACKAGES", ("evaluate", "accelerate", "absent_package"))
+    counts = write_sources(tmp_path / "data")
     assert counts["packages"] == 2 and counts["sources"] == 6
     sources = read_sources(str(tmp_path / "data" / "sources.yaml"))
     names = {f"{p}.{kind}" for p in ("evaluate", "accelerate") for kind in ("body", "name", "code")}

@@ -203,7 +203,7 @@ BAD_SETS = {
     "endless score": ([["inf", "a", "b"], ["1", "c", "d"]], "row 1: the score is 'inf'"),
     "no score": ([HEADER, ["", "a", "b"], ["1", "c", "d"]], "row 1: the score is '', not a number"),
     "empty sentence": ([["1", "a", "b"], ["2", "c", " "]], "row 2, column 'sentence2': the text is empty"),
-    "too few columns": ([["1", "a"], ["2", "b"]], "found 2 column(s); an STS file has score, sentence1, sentence2"),
+    "too few columns": ([["1", "a"], ["2", "b"]], "found the columns 1, a; expected score, sentence1 and sentence2, by name"),
     "another order": ([["a", "b", "1"], ["c", "d", "2"]], "should hold the scores, but it begins with 'a'; add a header"),
     # BUG: pandas writes row numbers into the first column; they were the scores, and the scores were sentences.
     "row numbers": ([["0", "1.5", "a", "b"], ["1", "2", "c", "d"]], "column 2 holds only numbers too; remove a column"),
@@ -216,7 +216,7 @@ BAD_SETS = {
     # BUG: If the header had only two of the three names, columns were used by position and the header counted as a row.
     "a column misnamed": (
         [["score", "sentence1", "other"], ["1", "a", "b"], ["2", "c", "d"]],
-        "there is no column sentence2; found score, sentence1, other",
+        "found the columns score, sentence1, other; expected score, sentence1 and sentence2",
     ),
 }
 

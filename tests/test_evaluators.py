@@ -48,7 +48,7 @@ from hf_embed.evaluation import rows as rows_module
 from hf_embed.evaluation.judged import Judged
 from hf_embed.evaluation.pair_classification import read_pair_classification
 from hf_embed.evaluation.reranking import read_reranking
-from hf_embed.evaluation.sts import STS, check_sts, read_named_sts
+from hf_embed.evaluation.sts import STS, check_sts, read_sts
 from hf_embed.evaluation.tasks import main_metric, metric_names, score_table, score_tasks
 from hf_embed.evaluation.triplets import read_triplets
 from hf_embed.kit.eval_flags import EvalArguments, read_tasks
@@ -307,7 +307,8 @@ def test_one_row_of_lists_as_mteb_has_it(tmp_path, ending, header):
     assert read_pair_classification(path) == READ_PAIRS
 
 
-@pytest.mark.parametrize("labels", [[True, False, True], ["1", "0", "1"], ["True", "false", "true"], [1.0, 0.0, 1.0]])
+@pytest.mark.parametrize("labels", [[True, False, True], ["1", "0", "1"], ["True", "false", "true"], [1.0, 0.0, 1.0],
+                                    ["duplicate", "not_duplicate", "Yes"]])  # fmt: skip
 def test_labels(tmp_path, labels):
     rows = [(*row[:2], label) for row, label in zip(PAIRS, labels)]
     assert read_pair_classification(write_rows(tmp_path / "a.jsonl", ("sentence1", "sentence2", "label"), rows)) == READ_PAIRS
@@ -359,7 +360,7 @@ BAD_PAIRS = {
     "a score": ("a.csv", HEADER, pairs_with("0", "1", "3.5"), "row 3, column 'label': the label is '3.5', not 0 or 1; "),
     "a third class": ("a.jsonl", HEADER, pairs_with(0, 1, 2), "row 3, column 'label': the label is 2, not 0 or 1"),
     "minus one": ("a.jsonl", HEADER, pairs_with(0, 1, -1), "the label is -1, not 0 or 1"),
-    "a name": ("a.csv", HEADER, pairs_with("1", "entailment"), "row 2, column 'label': the label is 'entailment'"),
+    "a name": ("a.csv", HEADER, pairs_with("1", "neutral"), "row 2, column 'label': the label is 'neutral', not 0 or 1"),
     "no label": ("a.jsonl", HEADER, pairs_with(0, 1, None), "row 3, column 'label': the label is None"),
     "empty label": ("a.csv", HEADER, pairs_with("0", "1", ""), "row 3, column 'label': the label is ''"),
     "one class": ("a.csv", HEADER, pairs_with("1", "1"), "all labels are 1; average precision needs pairs with label 0 and"),
@@ -367,7 +368,7 @@ BAD_PAIRS = {
     "null text": ("a.jsonl", HEADER, [("a", "b", 1), ("c", None, 0)], "row 2, column 'sentence2': the text is missing"),
     "no label column": ("a.csv", (*HEADER[:2], "score"), pairs_with(0, 1), "found the columns sentence1, sentence2, score; "),
     "other columns": ("a.jsonl", ("left", "right", "label"), pairs_with(0, 1), "found the columns left, right, label; "),
-    "two columns": ("a.tsv", None, [("1", "a"), ("0", "b")], "found the columns 1, a; expected sentence1, sentence2 and label"),
+    "two columns": ("a.tsv", None, [("1", "a"), ("0", "b")], "found the columns 1, a; expected label, sentence1 and sentence2"),
     "label last": ("a.tsv", None, pairs_with(0, 1), "row 1, column '0': the label is 'a 0', not 0 or 1"),
     "uneven lists": ("a.jsonl", HEADER, [(["a", "b"], ["c", "d"], [1])],
                      "sentence1, sentence2 and label must be lists of the same length"),
@@ -516,6 +517,7 @@ def test_names_on_the_hub(monkeypatch):
         "o/pairs": [{"sentence1": "a", "sentence2": "b", "labels": 1}, {"sentence1": "a", "sentence2": "c", "labels": 0}],
         "o/candidates": [{"query": "a", "positive": ["b"], "negative": ["c"]}],
         "o/sts": [{"sentence1": "a", "sentence2": "b", "score": i} for i in range(2)],
+        "o/intents": [{"text": "a", "label": "late"}, {"text": "b", "label": "lost"}],
     }
 
     def read_hub(name, config, split):
@@ -528,20 +530,22 @@ def test_names_on_the_hub(monkeypatch):
         EvalArguments(
             eval_triplet_file=["t=o/triplets:triplet:dev"], eval_pair_file=["p=o/pairs:test"],
             eval_reranking_file=["r=o/candidates:validation"], eval_sts_file=["s=o/sts:test"],
+            eval_zero_shot=["z=o/intents:test"], zero_shot_template="this is about {label}",
         )
     )  # fmt: skip
     assert tasks["t"] == Triplets(["a"], ["b"], ["c"]) and tasks["r"].judged == [Judged("a", ["b"], ["c"])]
     assert tasks["p"] == PairClassification(["a", "a"], ["b", "c"], [1, 0])
+    assert tasks["z"] == ZeroShot(["a", "b"], [0, 1], ["this is about late", "this is about lost"])
     assert set(asked) == {
         ("o/triplets", "triplet", "dev"), ("o/pairs", None, "test"), ("o/candidates", None, "validation"),
-        ("o/sts", None, "test"),
+        ("o/sts", None, "test"), ("o/intents", None, "test"),
     }  # fmt: skip
-    for read in (read_triplets, read_pair_classification, read_reranking, read_named_sts):
+    for read in (read_triplets, read_pair_classification, read_reranking, read_sts):
         wanted = "o/other: this file does not exist; for a dataset on the Hub, name the split too, for example o/other:test"
         assert wanted in error_of(read, "o/other")
         assert "o/other.csv: this file does not exist" in error_of(read, "o/other.csv")
     message = error_of(read_pair_classification, "o/triplets:dev")
-    assert "o/triplets:dev: found the columns anchor, positive, negative; expected sentence1, sentence2 and label" in message
+    assert "o/triplets:dev: found the columns anchor, positive, negative; expected label, sentence1 and sentence2" in message
 
 
 # ---- names of metrics ----

@@ -18,12 +18,12 @@ from safetensors.torch import load_file
 from test_recipes import QUIET, RECIPES, load_recipe
 from worker import WORDS
 
-from hf_embed import ContrastiveTrainingArguments, Encoder, ImprovedContrastive
+from hf_embed import ContrastiveTrainingArguments, Encoder, ImprovedContrastive, Matryoshka
 from hf_embed.data import source_files
 from hf_embed.evaluation.retrieval import read_retrieval
 from hf_embed.kit import cli, docstrings
 from hf_embed.kit.eval_flags import EvalArguments
-from hf_embed.kit.plan import DataArguments, MatryoshkaArguments, ModelArguments, RunArguments
+from hf_embed.kit.plan import DataArguments, MatryoshkaArguments, ModelArguments, RunArguments, read_flags
 
 KINDS = [ModelArguments, DataArguments, EvalArguments, RunArguments, MatryoshkaArguments, ImprovedContrastive,
          ContrastiveTrainingArguments]  # fmt: skip
@@ -80,10 +80,7 @@ def offline(tmp_path, monkeypatch):
 
     def run(name, *argv):
         module = load_recipe(name)
-        if hasattr(module, "write_sources"):
-            monkeypatch.setattr(
-                module, "write_sources", lambda folder: docstrings.write_sources(folder, ("evaluate", "accelerate"))
-            )
+        monkeypatch.setattr(docstrings, "PACKAGES", ("evaluate", "accelerate"))
         monkeypatch.setattr(sys, "argv", [name, *QUIET, *map(str, argv)])
         module.main()
 
@@ -154,26 +151,27 @@ def test_stages_chain_with_lora_in_either(files):
 
 
 @pytest.mark.parametrize(
-    ("more", "name", "settings"),
+    ("more", "objective"),
     [
-        (["--directions", "query_to_doc"], "ImprovedContrastive", {"directions": ["query_to_doc"], "temperature": 0.01}),
-        (["--directions", "query_to_doc", "doc_to_query", "--partition_mode", "per_direction"], "ImprovedContrastive",
-         {"partition_mode": "per_direction"}),
-        (["--matryoshka_dims", "32", "16", "--learn_temperature", "--margin", "-0.1"], "Matryoshka", {"dims": [32, 16]}),
+        ([], ImprovedContrastive()),
+        (["--directions", "query_to_doc"], ImprovedContrastive(directions=("query_to_doc",))),
+        (["--directions", "query_to_doc", "doc_to_query", "--partition_mode", "per_direction"],
+         ImprovedContrastive(directions=("query_to_doc", "doc_to_query"), partition_mode="per_direction")),
+        (["--matryoshka_dims", "32", "16", "--margin", "-0.1"], Matryoshka(ImprovedContrastive(margin=-0.1), (32, 16))),
     ],
 )  # fmt: skip
-def test_losses_from_the_command_line(files, more, name, settings):
-    results = gte(*flags(files, "out", *more))
-    objective = results["train"]["objective"]
-    assert objective["name"] == name and settings.items() <= json.loads(json.dumps(objective)).items()
-    assert np.isfinite(results["train"]["loss"])
+def test_losses_from_the_command_line(files, more, objective):
+    words = [str(word) for word in flags(files, "out", *more)]
+    assert GTE.read_plan(read_flags([ImprovedContrastive, MatryoshkaArguments], argv=words)).objective == objective
 
 
 def test_one_file_in_place_of_sources(files):
-    words = [str(word) for word in flags(files, "out")]
+    words = [str(word) for word in flags(files, "out", "--matryoshka_dims", 32, 16, "--learn_temperature")]
     at = words.index("--sources")
     results = gte(*words[:at], "--train_file", files / "b.jsonl", *words[at + 2 :])
-    assert results["train"]["rows"] == 12
+    assert results["train"]["rows"] == 12 and np.isfinite(results["train"]["loss"])
+    assert results["train"]["objective"]["name"] == "Matryoshka"
+    assert list(results["train"]["objective"]["dims"]) == [32, 16]
 
 
 @pytest.mark.slow

@@ -407,6 +407,9 @@ def test_what_the_training_refuses_is_refused(tmp_path, encoder):
     message = error_of(report_of, [{"a": "x", "b": "y"}], encoder)
     assert message.startswith("mine: found the columns a, b; name the columns with")
     assert "every text looks like a list" in error_of(report_of, [{"anchor": "['a']", "positive": "b"}] * 2, encoder)
+    # BUG: the preflight accepted negatives that the training refuses.
+    written = [{"anchor": "a", "positive": "b", "negative": "['c', 'd']"}] * 2
+    assert error_of(report_of, written, encoder).startswith("mine, row 1, column 'negative': the text looks like a list")
     (tmp_path / "latin.csv").write_bytes("anchor,positive\ncaf\u00e9,b\n".encode("latin-1"))
     assert "can't decode byte 0xe9 in line 2" in error_of(run, tmp_path / "latin.csv")
     assert error_of(run, tmp_path / "none.csv").endswith("(several files, or a pattern, can only be given in --sources)")

@@ -32,7 +32,6 @@ OTHERS = {
     "kit.ablation": "json.loads: what json.dumps has made a moment before",
     "training.resume": "the same",
     "kit.pretraining": "torch.load, of weights and numbers alone",
-    "kit.row_hashes": "json.loads: cells that are JSON",
     "kit.mteb_runs": "read_text: what cannot be read is measured anew",
     "kit.command": "read_text: the recipes' own code",
     "mining": "open: the rows that were written a moment before",

@@ -315,7 +315,7 @@ def test_code_search_of_a_package():
     ("content", "expected"),
     [
         (None, "there is no such file, folder or installed package"),
-        ('{"doc": "a", "code": "b"}\n', "code search needs docstring and code"),
+        ('{"doc": "a", "code": "b"}\n', "found the columns doc, code; expected docstring and code"),
         ('{"docstring": "a", "code": "b"}\n{"docstring": "c", "code": null}\n', "row 2, column 'code': the text is missing"),
     ],
 )
@@ -398,7 +398,7 @@ def test_zero_shot_of_arrays():
     [
         ("a\tx\nb\ty\n", "a text", None, "it must contain {label}"),
         ("a\tx\na\ty\n", "{label}", None, "all labels are a"),
-        ("a\tx\t1\nb\ty\t2\n", "{label}", None, "found 3 columns"),
+        ("a\tx\t1\nb\ty\t2\n", "{label}", None, "found the columns a, x, 1; expected label and text"),
         ("a\tx\nb\ty\n", "{label}", '{"a": "one"}', "there is no text for the label 'b'"),
         ("a\tx\nb\ty\n", "{label}", "[", "is not JSON"),
         ("a\tx\nb\ty\n", "{label}", '["a", "b"]', "does not hold a dict"),

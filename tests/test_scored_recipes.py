@@ -14,12 +14,19 @@ SCORED, DISTILL, SUP, MINE = (load_recipe(name) for name in ("scored_pairs", "di
 GRADED = [(i % 6, f"the {a}", f"a {b}") for i, (a, b) in enumerate(zip(WORDS, WORDS[::-1]))]
 
 
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Return the folders of a student and of a teacher."""
+    folder = tmp_path_factory.mktemp("models")
+    tiny_encoder().save_pretrained(folder / "model", verify=False)
+    tiny_encoder(seed=5).save_pretrained(folder / "teacher", verify=False)
+    return {name: folder / name for name in ("model", "teacher")}
+
+
 @pytest.fixture
-def files(tmp_path):
+def files(tmp_path, models):
     """Return the folder of a student and of a teacher, and training files of each kind."""
-    made = {"model": tmp_path / "model", "teacher": tmp_path / "teacher"}
-    tiny_encoder().save_pretrained(made["model"])
-    tiny_encoder(seed=5).save_pretrained(made["teacher"])
+    made = dict(models)
     made["graded"] = tmp_path / "graded.tsv"
     made["graded"].write_text("\n".join(["score\tsentence1\tsentence2", *("\t".join(map(str, row)) for row in GRADED)]))
     made["pairs"] = tmp_path / "pairs.jsonl"

@@ -26,7 +26,7 @@ from hf_embed.errors import RankError, masked, without_secrets
 from hf_embed.evaluation.pair_classification import read_pair_classification
 from hf_embed.evaluation.reranking import read_reranking
 from hf_embed.evaluation.retrieval import read_retrieval
-from hf_embed.evaluation.sts import read_named_sts
+from hf_embed.evaluation.sts import read_sts
 from hf_embed.evaluation.triplets import read_triplets
 from hf_embed.evaluation.zero_shot import read_zero_shot
 from hf_embed.kit import cli
@@ -207,7 +207,7 @@ def test_the_kind_of_a_file_comes_from_the_path_in_its_address(address, name, co
 
 def test_other_readers_of_addresses(address, tmp_path):
     assert read_texts(address("x.txt")) == ["a cat"]
-    assert read_named_sts(address("sts.tsv"))["score"][:] == [1.5, 2.0]  # a table without a header
+    assert read_sts(address("sts.tsv"))["score"][:] == [1.5, 2.0]  # a table without a header
     (tmp_path / "sources.yaml").write_text(json.dumps([{"name": "a", "file": address("x.csv")}]))
     (source,) = read_sources(tmp_path / "sources.yaml")
     assert "SECRET123" not in source.label and "/x.csv" in source.label
@@ -218,7 +218,7 @@ def test_no_reader_shows_the_secrets_of_an_address(address, name, tmp_path, capl
     given, (yaml_file) = address(name), tmp_path / "sources.yaml"
     yaml_file.write_text(json.dumps([{"name": "a", "file": given}]))
     readers = [
-        read_file, read_texts, read_retrieval, read_named_sts, read_code_search, read_sources, read_triplets,
+        read_file, read_texts, read_retrieval, read_sts, read_code_search, read_sources, read_triplets,
         read_pair_classification, read_reranking,
         lambda path: read_zero_shot(path, "{label}"), lambda path: read_zero_shot(str(RECIPES), "{label}", path),
         lambda path: list(read_file(path, streaming=True)), lambda path: read_file([path, "b.txt"]),

@@ -350,7 +350,9 @@ def check_first_texts(rows: Iterable[dict], columns: list[str], name: str) -> No
 
 def is_list(text: str) -> bool:
     """Return whether a text is a list of texts as pandas, numpy or json writes it: ['a', 'b'], ['a' 'b'], ["a", "b"], []."""
-    text = re.sub(r"^array\((.*?)(,\s*dtype=.*)?\)$", r"\1", text.strip(), flags=re.DOTALL)
+    text = text.strip()
+    if text.startswith("array("):
+        text = re.sub(r"^array\((.*?)(,\s*dtype=.*)?\)$", r"\1", text, flags=re.DOTALL)
     if not (text.startswith("[") and text.endswith("]")):
         return False
     inside = text[1:-1].strip()

@@ -7,20 +7,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from datasets import Dataset
 
-from hf_embed.data.known_columns import ALIKE, LABELS, by_plain_name, matching
+from hf_embed.data.known_columns import ALIKE, LABELS
 from hf_embed.data.scores import check_label_names
 from hf_embed.data.sources import cell_text, plain_rows
 from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import ordered
 from hf_embed.evaluation.ranking import average_precision, best_thresholds
-from hf_embed.evaluation.rows import as_list, hub_rows, label_number, read_table, text_lists
+from hf_embed.evaluation.rows import as_list, label_number, read_layout, text_lists
 from hf_embed.evaluation.tasks import Embed, EvaluationTask, embed_once, pair_cosines, unranked
 
-# Names of columns in their plain form: those of labeled training pairs, and one more pair of names.
-PAIRS = [*ALIKE, ("sent1", "sent2")]
-HEADER = {name for pair in PAIRS for name in pair} | set(LABELS)
+# Plain names of the columns: those of labeled training pairs, and one more pair of names.
+LAYOUTS = [(label, *pair) for pair in [("sentence1", "sentence2"), *ALIKE, ("sent1", "sent2")] for label in LABELS]
 
 
 @dataclass
@@ -86,15 +84,17 @@ def label_numbers(labels: Sequence[object], name: str) -> list[int]:
 
 
 def read_pair_classification(path: str) -> PairClassification:
-    """Read pairs from a file or the Hub: sentence1, sentence2, label by name, or label, sentence1, sentence2 by position.
+    """Read pairs from a file or the Hub: label, sentence1 and sentence2 or similar names; see `rows.read_layout`.
 
     The three cells of a row may be lists. In older datasets of mteb, a single row holds all pairs this way.
 
     Raises:
-        InputError: if a column is missing, a text is empty, a label is not 0 or 1, or all labels are equal.
+        InputError: if a column is missing, a text is empty, a label is not 0 or 1, all labels are equal, or the name of label 0
+            says that its pairs belong together.
     """
-    rows = labeled_pairs(path)
-    first, second, label = rows.column_names
+    rows, _ = read_layout(path, LAYOUTS)
+    label, first, second = rows.column_names
+    check_label_names(rows, label, path)
     pairs: list[tuple[str, str]] = []
     labels: list[int] = []
     for number, row in enumerate(plain_rows(rows, rows.column_names, path), 1):
@@ -102,7 +102,7 @@ def read_pair_classification(path: str) -> PairClassification:
         lists = [len(cell) for cell in cells if isinstance(cell, list)]
         if lists and (len(lists) < 3 or len(set(lists)) > 1):
             raise InputError(f"{where}: {first}, {second} and {label} must be lists of the same length; correct the row")
-        for place, (left, right, value) in enumerate(zip(*cells) if lists else [cells], 1):
+        for place, (value, left, right) in enumerate(zip(*cells) if lists else [cells], 1):
             item = f"{where}, item {place}" if lists else where
             pairs.append((cell_text(left, f"{item}, column '{first}'"), cell_text(right, f"{item}, column '{second}'")))
             labels.append(label_number(value, f"{item}, column '{label}'"))
@@ -110,24 +110,3 @@ def read_pair_classification(path: str) -> PairClassification:
         raise InputError(f"{path}: there are no rows")
     label_numbers(labels, path)
     return PairClassification([left for left, _ in pairs], [right for _, right in pairs], labels)
-
-
-def labeled_pairs(path: str) -> Dataset:
-    """Read rows with exactly three columns: the two texts of the pair and the label.
-
-    Raises:
-        InputError: if there are no such columns, or if the name of label 0 says that its pairs belong together.
-    """
-    rows, named = hub_rows(path), True
-    if rows is None:
-        rows, named = read_table(path, HEADER)
-        if not named and len(rows.column_names) == 3:
-            by_position, *texts = rows.column_names
-            return rows.select_columns([*texts, by_position])
-    names, pairs = by_plain_name(rows.column_names), matching(PAIRS, rows.column_names)
-    label = next((names[name] for name in LABELS if name in names), None)
-    if not pairs or label is None:
-        found = f"found the columns {', '.join(map(str, rows.column_names if named else rows[0].values()))}"
-        raise InputError(f"{path}: {found}; expected sentence1, sentence2 and label; rename the columns")
-    check_label_names(rows, label, path)
-    return rows.select_columns([*pairs[0], label])

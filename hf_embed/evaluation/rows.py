@@ -2,17 +2,19 @@
 
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset
 
-from hf_embed.data.known_columns import numbers_in, plain
+from hf_embed.data.known_columns import by_plain_name, numbers_in, plain
+from hf_embed.data.labeled import MATCHES, NO_MATCHES, text_of
 from hf_embed.data.sources import KINDS, cell_text, first_cells, read_file, read_hub
 from hf_embed.errors import InputError, shortened
 from hf_embed.files.read_files import kind_of
 
-LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
+# The words for labels are those of labeled training pairs, but without -1, which often stands for no label.
+LABELS = {word: int(word in MATCHES) for word in (*MATCHES, *NO_MATCHES) if word != "-1"}
 
 
 def hub_rows(path: str) -> Dataset | None:
@@ -37,15 +39,39 @@ def read_rows(path: str) -> Dataset:
     return read_file(path) if rows is None else rows
 
 
-def read_table(path: str, names: Collection[str]) -> tuple[Dataset, bool]:
-    """Return the rows of a file, and whether its columns have names.
+def read_layout(path: str, layouts: Sequence[Sequence[str]], further: bool = False) -> tuple[Dataset, bool]:
+    """Return the columns of an evaluation set that have one of some layouts, in the order of the layout.
 
-    The columns of a csv or tsv file without a header are named 0, 1, 2 ... Its first row is a header if it has one of `names`,
-    which are in the form that `plain` returns.
+    Args:
+        path: a file, or OWNER/DATASET:SPLIT on the Hub.
+        layouts: the plain names of the columns that belong together. The first layout that the rows have is used. The columns
+            of a csv or tsv file without a header, whose first row has none of these names, are in the order of the first one.
+        further: whether such a file may have further columns. They are returned too.
+
+    Returns:
+        The rows with these columns only, and whether the columns have names.
+
+    Raises:
+        InputError: if the rows have none of the layouts.
     """
-    cells = first_cells(path)
-    named = cells is None or not set(names).isdisjoint(map(plain, cells))
-    return read_file(path, header=named), named
+    rows, named = hub_rows(path), True
+    if rows is None:
+        cells = first_cells(path)
+        named = cells is None or not {name for layout in layouts for name in layout}.isdisjoint(map(plain, cells))
+        rows = read_file(path, header=named)
+    more = len(rows.column_names) - len(layouts[0])
+    if not named and (more == 0 or (further and more > 0)):
+        return rows, False
+    found = by_plain_name(rows.column_names)
+    chosen = next((layout for layout in layouts if found.keys() >= set(layout)), None)
+    if chosen is None:
+        shown = ", ".join(map(str, rows.column_names if named else rows[0].values()))
+        wanted = f"{', '.join(layouts[0][:-1])} and {layouts[0][-1]}"
+        raise InputError(
+            f"{path}: found the columns {shown}; expected {wanted}, by name or, in a csv or tsv file without a header, in this "
+            "order; rename the columns"
+        )
+    return rows.select_columns([found[name] for name in chosen]), True
 
 
 def first_match(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
@@ -65,7 +91,7 @@ def is_number(cell: Any) -> bool:
 
 def label_number(label: object, where: str) -> int:
     """Return a label as 0 or 1. Otherwise raise InputError, with a message that begins with `where`."""
-    number = LABELS.get(str(label).strip().lower())
+    number = LABELS.get(text_of(label, None))
     if number is None:
         raise InputError(f"{where}: the label is {label!r}, not 0 or 1; correct it or delete the row")
     return number

@@ -21,7 +21,7 @@ from hf_embed.data.scores import check_label_names
 from hf_embed.data.sources import cell_text, read_hub
 from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import alignment, cosines_of, ordered, uniformity
-from hf_embed.evaluation.rows import hub_rows, is_number, read_table
+from hf_embed.evaluation.rows import is_number, read_layout
 from hf_embed.evaluation.tasks import NO_ORDER, Embed, EvaluationTask, embed_once
 
 logger = logging.getLogger(__name__)
@@ -54,30 +54,25 @@ def spearman(cosines: np.ndarray, scores: np.ndarray) -> float:
 
 
 def read_sts(path: str) -> Dataset:
-    """Read an STS file with the columns score, sentence1, sentence2, by name if there is a header, otherwise by position."""
-    rows, named = read_table(path, COLUMNS)
-    names = {c.lower(): c for c in rows.column_names}
-    if not named:
-        if len(rows.column_names) < 3:
-            raise InputError(
-                f"{path}: found {len(rows.column_names)} column(s); an STS file has score, sentence1, sentence2, "
-                "in this order or named in a header"
-            )
-        names = dict(zip(("score", "sentence1", "sentence2"), rows.column_names))
-        if not is_number(first := rows[0][names["score"]]):
-            raise InputError(
-                f"{path}: the first row does not name score, sentence1 and sentence2, so the first column should hold the "
-                f"scores, but it begins with {first!r}; add a header with these names"
-            )
-        numbers = [i for i, c in enumerate(rows.column_names, 1) if c != names["score"] and all(map(is_number, rows[c][:]))]
-        if numbers:
-            raise InputError(
-                f"{path}: the columns of a file without a header are score, sentence1 and sentence2, but column {numbers[0]} "
-                "holds only numbers too; remove a column of row numbers, or add a header with these names"
-            )
-    if all(c in names for c in COLUMNS):
-        rows = rows.select_columns([names[c] for c in COLUMNS]).rename_columns({names[c]: c for c in COLUMNS if names[c] != c})
-    return check_sts(rows, path)
+    """Read an STS set with the columns score, sentence1, sentence2 from a file or the Hub; see `read_layout`.
+
+    A file without a header may have further columns, which are not used.
+    """
+    names = ["score", "sentence1", "sentence2"]
+    rows, named = read_layout(path, [names], further=True)
+    score, *others = rows.column_names
+    if not named and not is_number(first := rows[0][score]):
+        raise InputError(
+            f"{path}: the first row does not name score, sentence1 and sentence2, so the first column should hold the "
+            f"scores, but it begins with {first!r}; add a header with these names"
+        )
+    if not named and (numbers := [i for i, column in enumerate(others, 2) if all(map(is_number, rows[column][:]))]):
+        raise InputError(
+            f"{path}: the columns of a file without a header are score, sentence1 and sentence2, but column {numbers[0]} "
+            "holds only numbers too; remove a column of row numbers, or add a header with these names"
+        )
+    used = rows.column_names[: len(names)]
+    return check_sts(rows.select_columns(used).rename_columns(dict(zip(used, names))), path)
 
 
 def check_sts(rows: Dataset, name: str) -> Dataset:
@@ -105,12 +100,6 @@ def check_sts(rows: Dataset, name: str) -> Dataset:
     if min(scores) == max(scores):
         raise InputError(f"{name}: all scores are {scores[0]:g}, so they give no ranking; give rows with different scores")
     return Dataset.from_dict({"sentence1": rows["sentence1"], "sentence2": rows["sentence2"], "score": scores})
-
-
-def read_named_sts(path: str) -> Dataset:
-    """Read an STS file, or OWNER/DATASET:SPLIT on the Hub; see `hf_embed.evaluation.rows.hub_rows`."""
-    rows = hub_rows(path)
-    return read_sts(path) if rows is None else check_sts(rows, path)
 
 
 def seven_tasks() -> dict[str, "STS"]:

@@ -15,7 +15,7 @@ from datasets import ClassLabel, Dataset
 from hf_embed.data.sources import plain_rows, row_texts
 from hf_embed.errors import InputError
 from hf_embed.evaluation.geometry import ordered, unit
-from hf_embed.evaluation.rows import as_list, is_number, read_table
+from hf_embed.evaluation.rows import as_list, is_number, read_layout
 from hf_embed.evaluation.tasks import Embed, EvaluationTask, embed_on_all_ranks, unranked
 from hf_embed.files.read_files import read_json
 
@@ -72,10 +72,10 @@ class ZeroShot(EvaluationTask):
 
 
 def read_zero_shot(path: str, template: str, labels_file: str | None = None) -> ZeroShot:
-    """Read a file with the columns label and text, by name if there is a header, otherwise by position.
+    """Read the columns label and text from a file or the Hub; see `hf_embed.evaluation.rows.read_layout`.
 
     Args:
-        path: a csv, tsv, jsonl or parquet file. The labels of a `ClassLabel` column of `datasets` are its names.
+        path: the file or the dataset. The labels of a `ClassLabel` column of `datasets` are its names.
         template: the text for a label's name; it contains {label}.
         labels_file: a JSON object {label: name}. Without it, the name is the label with spaces in place of underscores.
 
@@ -124,26 +124,15 @@ def warn_of_header(labels: list[str], path: str) -> None:
 
 
 def label_and_text(path: str) -> Dataset:
-    """Read the rows of a file, with exactly the columns label and text."""
-    rows, named = read_table(path, ("label", "text"))
-    columns = {column.lower(): column for column in rows.column_names}
-    if not {"label", "text"} <= set(columns):
-        if {"label", "text"} & set(columns):
-            raise InputError(
-                f"{path}: found the columns {', '.join(rows.column_names)}; expected label and text; rename the columns"
-            )
-        if len(rows.column_names) != 2:
-            raise InputError(f"{path}: found {len(rows.column_names)} columns; expected label and text, by name or position")
-        columns = dict(zip(("label", "text"), rows.column_names))
-        labels = [str(label) for label in rows[columns["label"]]]
-        if not named:
-            warn_of_header(labels, path)
-        if len(labels) > 20 and len(set(labels)) > len(labels) / 2:
-            raise InputError(
-                f"{path}: few labels occur twice; put the labels into the first column and the texts into the second"
-            )
-    renamed = {columns[name]: name for name in ("label", "text") if columns[name] != name}
-    return rows.select_columns([columns["label"], columns["text"]]).rename_columns(renamed)
+    """Read rows with exactly the columns label and text."""
+    rows, named = read_layout(path, [("label", "text")])
+    rows = rows.rename_columns(dict(zip(rows.column_names, ("label", "text"))))
+    labels = [str(label) for label in rows["label"]]
+    if not named and len(labels) > 20 and len(set(labels)) > len(labels) / 2:
+        raise InputError(f"{path}: few labels occur twice; put the labels into the first column and the texts into the second")
+    if not named:
+        warn_of_header(labels, path)
+    return rows
 
 
 def read_label_names(labels_file: str, labels: list[str]) -> dict[str, str]:

@@ -26,7 +26,6 @@ from hf_embed.files.safe_files import write_text, writing
 from hf_embed.kit.cli import FROM_HAND, Flags
 from hf_embed.kit.content import content_of
 from hf_embed.kit.finetune import make_trainer
-from hf_embed.kit.models import load_model
 from hf_embed.kit.overwrite import EarlierRun
 from hf_embed.kit.plan import Plan
 from hf_embed.kit.preflight import preflight_plan
@@ -50,7 +49,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 METRICS = ("spearman", "alignment", "uniformity")
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")  # palette of Okabe and Ito
-MARKERS = "os^DvPX*"
+MARKERS = "os^DvPX"  # 7 beside 8 colors, so that 56 lines differ
 # Settings of every run. No model is saved; only the scores along the training are needed.
 FIXED = {"save_strategy": "no", "load_best_model_at_end": False, "eval_strategy": "steps"}
 # Flags that would have no effect with any other value than this.
@@ -225,7 +224,7 @@ def run_path(plan: Plan, title: str, file: Path) -> list[dict[str, Any]]:
 
     The main process stores the path and the settings in `file`.
     """
-    trainer = make_trainer(plan, load_model(plan))
+    trainer = make_trainer(plan)
     trainer.add_callback(plan.earlier)
     trainer.watch.warned = True  # no warning of a bad geometry, because the picture shows it
     trainer.stop_requests.saves = False  # a stopped run saves no checkpoint, because it is trained again from its first step
@@ -323,7 +322,7 @@ def plot_variants(results: dict[str, Any], path: str | Path) -> None:
         if not len(finite):
             continue
         x, y = points[finite].T
-        color, marker = look(line)
+        color, marker = COLORS[line % len(COLORS)], MARKERS[line % len(MARKERS)]
         before, last, best = numbers(result, "before", "spearman", "best")
         label = f"{name}: STS {last[0]:.1f} at the end, best {best[0]:.1f}"
         axes.plot(x, y, linewidth=1, label=label, color=color, marker=marker, markersize=6)
@@ -345,12 +344,3 @@ def plot_variants(results: dict[str, Any], path: str | Path) -> None:
     axes.legend()
     with writing(path) as aside:
         figure.savefig(aside, dpi=100)
-
-
-def look(line: int) -> tuple[str, str]:
-    """Return the color and the marker of a line by its number.
-
-    After each round of all colors, the markers shift by one, so that 64 lines differ.
-    """
-    rounds, place = divmod(line, len(COLORS))
-    return COLORS[place], MARKERS[(place + rounds) % len(MARKERS)]

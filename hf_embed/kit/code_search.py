@@ -2,14 +2,14 @@
 
 import os
 
-from hf_embed.data.sources import read_file, texts_of
+from hf_embed.data.sources import texts_of
 from hf_embed.errors import InputError
 from hf_embed.evaluation.retrieval import Retrieval, pairs_to_retrieval
+from hf_embed.evaluation.rows import read_layout
 from hf_embed.kit.docstrings import read_definitions
 
-# Names of the columns in CodeSearchNet and in its copies.
-DOCSTRINGS = ("docstring", "func_documentation_string", "query")
-CODES = ("code", "func_code_string")
+# Plain names of the columns in CodeSearchNet and in its copies.
+LAYOUTS = [(text, code) for text in ("docstring", "funcdocumentationstring", "query") for code in ("code", "funccodestring")]
 
 
 def read_code_search(path: str) -> Retrieval:
@@ -25,11 +25,8 @@ def read_code_search(path: str) -> Retrieval:
     if "://" not in path and not os.path.isfile(path):
         pairs = [(d.summary, d.code) for d in read_definitions(path) if d.code]
     else:
-        rows = read_file(path)
-        docstring, code = (next((c for c in names if c in rows.column_names), None) for names in (DOCSTRINGS, CODES))
-        if docstring is None or code is None:
-            raise InputError(f"{path}: found the columns {', '.join(rows.column_names)}; code search needs docstring and code")
-        pairs = [(query, document) for query, document in texts_of(rows, [docstring, code], path)]
+        rows, _ = read_layout(path, LAYOUTS)
+        pairs = [(query, document) for query, document in texts_of(rows, rows.column_names, path)]
     if not pairs:
         raise InputError(f"{path}: there is no function with a docstring; give another file or package")
     return pairs_to_retrieval(pairs)

@@ -47,7 +47,7 @@ MAX_FILES = 150  # of each package, chosen at random, because parsing all of tor
 # Most and fewest characters of a text (a token has about four). A longer body or code is cut, and a longer summary is left out.
 # Shorter texts hold too little information.
 LONGEST = {"summary": 300, "body": 500, "code": 500}
-SHORTEST = {"summary": 20, "body": 60, "code": 80}
+SHORTEST = {"summary": 20, "body": 60, "code": 80, "page": 500}
 Pair = tuple[str, str]  # query, document
 # kind of pair -> the fields that are the query and the document
 KINDS = {"body": ("summary", "body"), "name": ("name", "summary"), "code": ("summary", "code")}
@@ -93,11 +93,11 @@ def read_definitions(package: str, max_files: int | None = None) -> list[Definit
     return list(by_summary.values())
 
 
-def read_packages(packages: tuple[str, ...], max_files: int) -> Iterator[tuple[str, list[Definition]]]:
-    """Yield each of the packages that are installed, with its definitions."""
-    for package in progress_bar(packages, desc="Reading docstrings", unit="package"):
+def read_packages() -> Iterator[tuple[str, list[Definition]]]:
+    """Yield each of `PACKAGES` that is installed, with its definitions."""
+    for package in progress_bar(PACKAGES, desc="Reading docstrings", unit="package"):
         try:
-            found = read_definitions(package, max_files)
+            found = read_definitions(package, MAX_FILES)
         except InputError:  # the package is not installed
             continue
         yield package, found
@@ -159,16 +159,16 @@ def describe(node: Documented, name: str, module: str, docstring: str, lines: li
     )  # fmt: skip
 
 
-def read_pages(packages: tuple[str, ...] = PACKAGES, max_files: int = MAX_FILES, least: int = 500) -> list[str]:
+def read_pages() -> list[str]:
     """Read long texts that are available on every machine.
 
-    Each text joins the docstrings of one module of the installed packages. Texts of fewer than `least` characters are left out.
+    Each text joins the docstrings of one module of the installed packages. Short texts are left out.
     """
     pages: dict[str, list[str]] = {}
-    for _, found in read_packages(packages, max_files):
+    for _, found in read_packages():
         for definition in found:
             pages.setdefault(definition.module, []).append(f"{definition.summary} {definition.body}")
-    texts = [text for parts in pages.values() if len(text := " ".join(" ".join(parts).split())) >= least]
+    texts = [text for parts in pages.values() if len(text := " ".join(" ".join(parts).split())) >= SHORTEST["page"]]
     random.Random(0).shuffle(texts)  # mixes the packages, so that the first texts come from all of them
     return texts
 
@@ -181,7 +181,7 @@ def held_out(definition: Definition) -> bool:
     return zlib.crc32(definition.module.encode()) % 8 == 0
 
 
-def write_sources(folder: str | Path, packages: tuple[str, ...] = PACKAGES, max_files: int = MAX_FILES) -> dict[str, int]:
+def write_sources(folder: str | Path) -> dict[str, int]:
     """Write the training and evaluation data for a run on docstrings into `folder`.
 
     The files have the same formats as a user's own data:
@@ -194,7 +194,7 @@ def write_sources(folder: str | Path, packages: tuple[str, ...] = PACKAGES, max_
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    pairs, tests, trained = collect_pairs(packages, max_files)
+    pairs, tests, trained = collect_pairs()
     entries = []
     for name, rows in pairs.items():
         if len(rows) < 2:
@@ -213,8 +213,8 @@ def write_sources(folder: str | Path, packages: tuple[str, ...] = PACKAGES, max_
     }  # fmt: skip
 
 
-def collect_pairs(packages: tuple[str, ...], max_files: int) -> tuple[dict[str, list[Pair]], dict[str, list[Pair]], set[str]]:
-    """Collect pairs from packages.
+def collect_pairs() -> tuple[dict[str, list[Pair]], dict[str, list[Pair]], set[str]]:
+    """Collect pairs from the installed packages.
 
     Returns:
         The training pairs by PACKAGE.KIND, the test pairs (of held-out modules) by kind, and all texts of the training modules.
@@ -222,7 +222,7 @@ def collect_pairs(packages: tuple[str, ...], max_files: int) -> tuple[dict[str, 
     pairs: dict[str, list[Pair]] = {}
     tests: dict[str, list[Pair]] = {"body": [], "code": []}
     trained: set[str] = set()
-    for package, found in read_packages(packages, max_files):
+    for package, found in read_packages():
         for definition in found:
             if not held_out(definition):
                 trained.update((definition.summary, definition.body, definition.code))

@@ -7,7 +7,7 @@ from hf_embed.errors import InputError
 from hf_embed.evaluation.pair_classification import read_pair_classification
 from hf_embed.evaluation.reranking import read_reranking
 from hf_embed.evaluation.retrieval import read_retrieval
-from hf_embed.evaluation.sts import STS, read_named_sts
+from hf_embed.evaluation.sts import STS, read_sts
 from hf_embed.evaluation.tasks import Task
 from hf_embed.evaluation.triplets import read_triplets
 from hf_embed.evaluation.zero_shot import read_zero_shot
@@ -31,7 +31,9 @@ class EvalArguments:
         "NAME=DIR of a BEIR folder, NAME=DIR:SPLIT for its qrels/SPLIT.tsv, or NAME=OWNER/DATASET:SPLIT on the Hub. May be "
         "repeated."
     )
-    eval_zero_shot: list[str] = sets("NAME=PATH of a file with the columns label and text, for zero-shot classification.")
+    eval_zero_shot: list[str] = sets(
+        "NAME=PATH or NAME=OWNER/DATASET:SPLIT, with the columns label and text, for zero-shot classification."
+    )
     zero_shot_template: str = setting("this is an example of {label}", "Template that makes a text from a label.")
     zero_shot_labels: list[str] = sets("NAME=PATH of a JSON file {label: text}, with texts to use instead of the labels.")
     eval_code_search: list[str] = sets(
@@ -64,7 +66,7 @@ def read_tasks(args: EvalArguments) -> dict[str, Task]:
     if unknown := set(labels) - set(named_paths(args.eval_zero_shot, "--eval_zero_shot")):
         raise InputError(f"--zero_shot_labels {min(unknown)}=...: no --eval_zero_shot set has this name")
     readers: dict[str, Callable[[str, str], Task]] = {
-        "eval_sts_file": lambda name, path: STS(read_named_sts(path)),
+        "eval_sts_file": lambda name, path: STS(read_sts(path)),
         "eval_retrieval_dir": lambda name, path: read_retrieval(path),
         "eval_zero_shot": lambda name, path: read_zero_shot(path, args.zero_shot_template, labels.get(name)),
         "eval_code_search": lambda name, path: read_code_search(path),

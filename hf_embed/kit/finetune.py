@@ -18,7 +18,7 @@ from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.files.read_files import read_json
 from hf_embed.files.safe_files import new_folder, write_json, write_text
-from hf_embed.kit.models import LoadedModel
+from hf_embed.kit.models import load_model
 from hf_embed.kit.overwrite import begin
 from hf_embed.kit.plan import Plan
 from hf_embed.library_internals import save_without_push
@@ -42,17 +42,18 @@ model = PeftModel.from_pretrained(AutoModel.from_pretrained("{base}"), "adapter"
 SETTINGS = {"modules.json", MODEL_CONFIG, TRANSFORMER_CONFIGS[0], *TOKENIZER}
 
 
-def make_trainer(plan: Plan, loaded: LoadedModel) -> ContrastiveTrainer:
-    """Make the trainer of a plan. The trainer tokenizes the rows.
+def make_trainer(plan: Plan) -> ContrastiveTrainer:
+    """Load the model of a plan, and make its trainer. The trainer tokenizes the rows.
 
     The main process prints a list of the sources, if there are several, and two rows as the model reads them.
 
     Raises:
-        InputError: if the model cannot be trained or saved as the plan asks.
+        InputError: if the model cannot be loaded, trained or saved as the plan asks.
     """
+    model, tokenizer, args = load_model(plan)
     patience = plan.run.early_stopping_patience
     trainer = ContrastiveTrainer(
-        model=loaded.model, processing_class=loaded.tokenizer, args=loaded.args, objective=plan.objective,
+        model=model, processing_class=tokenizer, args=args, objective=plan.objective,
         train_dataset=plan.rows, eval_dataset=plan.tasks, train_name=plan.source, paired=plan.paired,
         callbacks=[EarlyStopping(patience)] if patience else [],
     )  # fmt: skip

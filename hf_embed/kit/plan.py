@@ -255,9 +255,9 @@ def settle_quickstart(flags: cli.Flags, name: str) -> cli.Flags:
     return settle_output_dir(flags, "quickstart" if quickstart else name, made_anew=quickstart)
 
 
-def settle_model(flags: cli.Flags, model: Path) -> cli.Flags:
-    """Set the model to a built-in one, if the user gives no model."""
-    return flags if flags.values["model_name_or_path"] else flags.override(model_name_or_path=str(model))
+def settle_language_model(flags: cli.Flags) -> cli.Flags:
+    """Set the model to the built-in language model, if the user gives no model."""
+    return flags if flags.values["model_name_or_path"] else flags.override(model_name_or_path=str(LANGUAGE_MODEL))
 
 
 def settle_offline(

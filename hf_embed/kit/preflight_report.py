@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import pyarrow
 from datasets import Dataset
 
 from hf_embed.data.columns import column_names, judged_in_words, text_columns
@@ -126,7 +125,7 @@ def texts_of(task: Task, name: str) -> dict[str, list[str]]:
         rows = as_pairs(cast(Dataset, as_rows(task.rows, name)), name, paired=True, drop_empty_rows=True)
         read = list(batches(cast(Dataset, rows), text_columns(column_names(rows), name, paired=True)[:2], name))
         pairs = [(texts.anchors, texts.positives or []) for texts in read]
-        return {side: [str(text) for pair in pairs for text in pair[i]] for i, side in enumerate(("anchors", "positives"))}
+        return {side: [text for pair in pairs for text in pair[i]] for i, side in enumerate(("anchors", "positives"))}
     if isinstance(task, STS):
         return {"sentences": [*task.rows["sentence1"], *task.rows["sentence2"]]}
     if isinstance(task, Retrieval):
@@ -155,7 +154,7 @@ def check_task(task: Task, name: str, sources: Mapping[str, RowIds]) -> Report:
         found |= {"pairs": len(task.labels), "matches": int(sum(map(int, task.labels)))}
     asked = np.array([], np.uint64)
     for part, texts in texts_of(task, name).items():
-        ids = np.unique(text_ids(pyarrow.array(texts, pyarrow.string())).plain)
+        ids = np.unique(text_ids(texts).plain)
         trained = np.zeros(len(ids), bool)
         for source in sources.values():
             trained |= np.isin(ids, source.everything("plain"))

@@ -26,7 +26,19 @@ from hf_embed.data.tokenization import RowTokenizer, columns_to_read, text_id, t
 from hf_embed.encoder import Encoder
 from hf_embed.encoding import beginning
 from hf_embed.kit.false_negatives import equal_candidates, guessing, in_a_batch, uses_batch
-from hf_embed.kit.row_hashes import Ids, RowIds, Texts, batches, exact_ids, hash_rows, in_parts, plain_texts, repeated, row_ids
+from hf_embed.kit.row_hashes import (
+    Ids,
+    RowIds,
+    Texts,
+    batches,
+    exact_ids,
+    hash_rows,
+    in_parts,
+    looked_up,
+    plain_texts,
+    repeated,
+    row_ids,
+)
 from hf_embed.kit.similar import similar_pairs
 from hf_embed.objectives import Objective, SimCSE
 from hf_embed.progress import progress_bar
@@ -197,7 +209,7 @@ def equal_texts(ids: RowIds, whole: Ids) -> dict[str, np.ndarray]:
     """Return the training rows that equal an earlier row, or that contain equal or odd texts, by the code of the finding."""
     again = repeated(whole.exact)
     found = {"duplicates": np.flatnonzero(again), "near_duplicates": np.flatnonzero(repeated(whole.plain) & ~again)}
-    words = exact_ids(pyarrow.array(MISSING_WORDS))
+    words = exact_ids(MISSING_WORDS)
     found["missing_word"] = np.unique(ids.row_of_each()[np.isin(ids.everything("exact"), words)])
     if ids.positives is not None:
         anchors, positives, negatives = ids.anchors.plain, ids.positives.plain, ids.negatives.plain
@@ -222,11 +234,10 @@ def check_sample(subject: Subject, size: int) -> dict[str, Any]:
     words: dict[str, str] = {}  # one text for each different wording (`plain_texts`)
     for texts in progress_bar(subject.texts(chosen), desc=f"Tokenizing {subject.name}", unit="batch"):
         for role, part in zip(ROLES, (texts.anchors, texts.positives, texts.negatives)):
-            if part is not None and len(part):
-                own = part.to_pylist()
+            if part:
                 prompt = subject.tokenizer.query_prompt if role == "anchor" else subject.tokenizer.document_prompt
-                lengths[role].append(token_counts(own, prompt, longest, subject.tokenizer))
-                words |= zip(plain_texts(part).to_pylist(), own)
+                lengths[role].append(token_counts(part, prompt, longest, subject.tokenizer))
+                words |= zip(plain_texts(part), part)
     by_role = {role: np.concatenate(parts) for role, parts in lengths.items() if parts}
     everything = np.concatenate([np.array([], int), *by_role.values()])
     similar, pairs = similar_pairs(list(words))
@@ -295,7 +306,7 @@ def check_batches(subject: Subject, ids: RowIds, settings: Settings) -> list[dic
     anchors, negatives = ids.anchors, ids.negatives
     positives = anchors if ids.positives is None else ids.positives
     known = tokens_as_ids(subject, ids)
-    by_tokens = tuple(replaced(part.exact, *known) for part in (anchors, positives, negatives))
+    by_tokens = tuple(looked_up(part.exact, *known, otherwise=part.exact) for part in (anchors, positives, negatives))
     equal, answers = equal_candidates(by_tokens[0], by_tokens[1], by_tokens[2], ids.owners)
     near, _ = equal_candidates(anchors.plain, positives.plain, negatives.plain, ids.owners)
     found = []
@@ -332,15 +343,7 @@ def tokens_as_ids(subject: Subject, ids: RowIds) -> tuple[np.ndarray, np.ndarray
         everything = texts.everything()
         hashes = exact_ids(everything)
         places = np.flatnonzero(np.isin(hashes, wanted))
-        tokens, _ = subject.tokenizer.tokenize([everything[int(i)].as_py() for i in places], subject.tokenizer.text_length)
+        tokens, _ = subject.tokenizer.tokenize([everything[i] for i in places], subject.tokenizer.text_length)
         by_hash |= zip(hashes[places].tolist(), map(text_id, tokens))
     keys = np.sort(np.array(list(by_hash), np.uint64))
     return keys, np.array([by_hash[int(key)] for key in keys], np.int64).view(np.uint64)
-
-
-def replaced(ids: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Return `ids`, with each hash that is in `keys` (sorted) replaced by the value at the same position in `values`."""
-    if not len(keys):
-        return ids
-    places = np.minimum(np.searchsorted(keys, ids), len(keys) - 1)
-    return np.where(keys[places] == ids, values[places], ids)

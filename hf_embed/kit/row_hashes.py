@@ -7,9 +7,8 @@ numbers. "A cat!" and "a  cat" have different exact hashes and the same plain ha
 Shapes: R training rows, M negatives of all rows, T texts.
 """
 
-import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +17,7 @@ import pyarrow.compute as pc
 import xxhash
 from datasets import Dataset
 
-from hf_embed.data.sources import cell_text, passage_text
+from hf_embed.data.tokenization import rows_of_batch
 
 SIDES = ("anchors", "positives", "negatives")
 BATCH = 4_000  # rows read at a time
@@ -34,17 +33,16 @@ ODD = {
 class Texts(NamedTuple):
     """The texts of some rows of a table. Each positive makes one training row. Rows with an empty text are left out."""
 
-    anchors: pyarrow.Array  # (R,) strings
-    positives: pyarrow.Array | None  # (R,); None for single texts
-    negatives: pyarrow.Array  # (M,)
+    anchors: list[str]  # (R,)
+    positives: list[str] | None  # (R,); None for single texts
+    negatives: list[str]  # (M,)
     owners: np.ndarray  # (M,) the training row of each negative
     origins: np.ndarray  # (R,) the table row of each training row
     empty: np.ndarray  # the table rows that are left out
 
-    def everything(self) -> pyarrow.Array:
+    def everything(self) -> list[str]:
         """Return all texts, (T,): anchors, positives, negatives."""
-        parts = [self.anchors, self.negatives] if self.positives is None else [self.anchors, self.positives, self.negatives]
-        return pyarrow.concat_arrays(parts)
+        return [*self.anchors, *(self.positives or []), *self.negatives]
 
 
 class Ids(NamedTuple):
@@ -81,69 +79,8 @@ class RowIds(NamedTuple):
 # ---- the texts of a table ----
 
 
-def cells(
-    column: pyarrow.ChunkedArray, name: str, where: str, start: int, lists: bool = True
-) -> tuple[pyarrow.Array, np.ndarray]:
-    """Return the texts of a column, and the row of each text. A null in a list becomes an empty text.
-
-    Args:
-        column: a batch of the column: texts, or lists of texts.
-        name: name of the column, for messages.
-        where: what messages call the rows.
-        start: number of rows before the batch.
-        lists: whether a cell may be a list of texts.
-
-    Raises:
-        InputError: if the column holds something else. The message is the one of the training.
-    """
-    array = pyarrow.concat_arrays(column.chunks) if column.num_chunks != 1 else column.chunk(0)
-    if not is_text(array.type) and not (lists and is_listed(array.type) and is_text(array.type.value_type)):
-        array = checked_texts(array, name, where, start, lists)
-    listed = is_listed(array.type)
-    parents = pc.list_parent_indices(array).to_numpy(zero_copy_only=False) if listed else np.arange(len(array))
-    texts = (pc.list_flatten(array) if listed else array).cast(pyarrow.string())
-    return (pc.fill_null(texts, "") if listed else texts), parents
-
-
-def is_text(kind: pyarrow.DataType) -> bool:
-    """Return whether an Arrow type is one of texts."""
-    return pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
-
-
-def is_listed(kind: pyarrow.DataType) -> bool:
-    """Return whether an Arrow type is one of lists."""
-    return pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind)
-
-
-def checked_texts(array: pyarrow.Array, name: str, where: str, start: int, lists: bool) -> pyarrow.Array:
-    """Return the cells of a JSON column, or of a column of another type, as texts or lists of texts.
-
-    The arguments are those of `cells`.
-
-    Raises:
-        InputError: if a cell is neither a text nor null.
-    """
-    values = array.to_pylist()
-    if isinstance(array, pyarrow.ExtensionArray):  # JSON
-        values = [None if cell is None else json.loads(cell) for cell in array.storage.to_pylist()]
-    if lists:
-        values = [list(map(passage_text, cell)) if isinstance(cell, list) else passage_text(cell) for cell in values]
-    for number, cell in enumerate(values, start + 1):
-        for text in cell if lists and isinstance(cell, list) else [cell]:
-            if not isinstance(text, str | None):
-                cell_text(text, f"{where}, row {number}, column '{name}'")  # raises the InputError
-    if not lists:
-        return pyarrow.array(values, pyarrow.string())
-    return pyarrow.array([[cell] if isinstance(cell, str) else cell for cell in values], pyarrow.list_(pyarrow.string()))
-
-
-def blank(texts: pyarrow.Array) -> np.ndarray:
-    """Return which texts are null or contain only whitespace, (T,) bool."""
-    return pc.equal(pc.utf8_trim_whitespace(pc.fill_null(texts, "")), "").to_numpy(zero_copy_only=False)
-
-
 def batches(rows: Dataset, columns: list[str], where: str, negatives: int | None = None) -> Iterator[Texts]:
-    """Read the texts of a table in batches. Row numbers in `origins` and `empty` count from the first row of the table.
+    """Read the texts of a table in batches, as the training reads them, and leave out rows with an empty text.
 
     Args:
         rows: the table.
@@ -154,92 +91,39 @@ def batches(rows: Dataset, columns: list[str], where: str, negatives: int | None
     Raises:
         InputError: if a column does not hold texts.
     """
-    chosen, start = rows.select_columns(columns), 0
-    for table in chosen.with_format("arrow").iter(BATCH):
-        parts = [cells(table[name], name, where, start, lists=i > 0) for i, name in enumerate(columns)]
-        texts = texts_of(parts, len(table), negatives)
-        yield texts._replace(origins=texts.origins + start, empty=texts.empty + start)
-        start += len(table)
-
-
-def texts_of(parts: list[tuple[pyarrow.Array, np.ndarray]], rows: int, most: int | None = None) -> Texts:
-    """Make training rows from the columns of one batch.
-
-    Args:
-        parts: the texts of each column, and the row of each text; see `cells`.
-        rows: number of rows in the batch.
-        most: use only so many negatives of each row, the first ones. Default: all.
-    """
-    anchors, positives = parts[0], parts[1] if len(parts) > 1 else None
-    # A null cell means that a row has no negative. A null in a list counts as an empty text.
-    negatives = [(texts.filter(texts.is_valid()), where[np.asarray(texts.is_valid())]) for texts, where in parts[2:]]
-    sides = [side for side in (anchors, positives) if side is not None]
-    bad = np.zeros(rows, dtype=bool)
-    for texts, where in [*sides, *negatives]:
-        bad[where[blank(texts)]] = True
-    for _, where in sides:
-        bad |= np.bincount(where, minlength=rows) == 0
-    origins = (anchors if positives is None else positives)[1]
-    kept = np.flatnonzero(~bad[origins])
-    if positives is not None and len(origins) > rows - bad.sum():  # a list may contain a positive twice
-        kept = kept[first_of_each(origins[kept], exact_ids(positives[0].take(pyarrow.array(kept))))]
-    made = origins[kept]
-    negatives.append((pyarrow.array([], pyarrow.string()), np.array([], int)))  # in case there is no column of negatives
-    places, owners = joined(np.concatenate([where for _, where in negatives]), made, most)
-    return Texts(
-        anchors=anchors[0].take(pyarrow.array(made)),
-        positives=None if positives is None else positives[0].take(pyarrow.array(kept)),
-        negatives=pyarrow.concat_arrays([texts for texts, _ in negatives]).take(pyarrow.array(places)),
-        owners=owners,
-        origins=made,
-        empty=np.flatnonzero(bad),
-    )  # fmt: skip
-
-
-def first_of_each(rows: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """Return the positions, in order, at which a text occurs for the first time in its row."""
-    order = np.lexsort((np.arange(len(ids)), ids, rows))
-    same = (np.diff(rows[order]) == 0) & (ids[order][1:] == ids[order][:-1])
-    return np.sort(order[np.concatenate([[True], ~same])]) if len(order) else order
-
-
-def joined(where: np.ndarray, made: np.ndarray, most: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Assign to each training row the negatives of its table row.
-
-    Args:
-        where: the table row of each negative.
-        made: the table row of each training row, in order.
-        most: assign only so many negatives to each training row, the first ones. Default: all.
-
-    Returns:
-        Positions in `where`, and the training row that each of these negatives belongs to, in the order of the training rows.
-    """
-    order = np.argsort(where, kind="stable")
-    start, stop = (np.searchsorted(where[order], made, side) for side in ("left", "right"))
-    counts = stop - start if most is None else np.minimum(stop - start, most)
-    owners = np.repeat(np.arange(len(made)), counts)
-    offsets = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    return order[np.repeat(start, counts) + offsets], owners
+    most, start = None if negatives is None else 2 + negatives, 0
+    for batch in rows.select_columns(columns).iter(BATCH):
+        numbers = list(range(start, start + len(batch[columns[0]])))
+        start += len(numbers)
+        made = list(rows_of_batch(batch, numbers, columns, [], where, most, drop=True))
+        origins = np.array([row.number for row in made], int)
+        yield Texts(
+            anchors=[row.texts[0] for row in made],
+            positives=[row.texts[1] for row in made] if len(columns) > 1 else None,
+            negatives=[text for row in made for text in row.texts[2:]],
+            owners=np.array([i for i, row in enumerate(made) for _ in row.texts[2:]], int),
+            origins=origins,
+            empty=np.setdiff1d(numbers, origins),
+        )
 
 
 # ---- hashes ----
 
 
-def exact_ids(texts: pyarrow.Array) -> np.ndarray:
+def exact_ids(texts: Sequence[str]) -> np.ndarray:
     """Return the exact hashes of texts, (T,) uint64."""
-    return np.fromiter(map(xxhash.xxh3_64_intdigest, texts.cast(pyarrow.binary()).to_pylist()), np.uint64, len(texts))
+    return np.fromiter((xxhash.xxh3_64_intdigest(text.encode()) for text in texts), np.uint64, len(texts))
 
 
-def plain_texts(texts: pyarrow.Array) -> pyarrow.Array:
+def plain_texts(texts: Sequence[str]) -> list[str]:
     """Return the words of each text, as the module docstring defines them. Without words, return the lowercase text."""
-    if not pc.all(pc.string_is_ascii(texts)).as_py():
-        texts = pc.utf8_normalize(texts, form="NFKC")
-    lower = pc.utf8_lower(texts)
+    normal = pc.utf8_normalize(pyarrow.array(texts, pyarrow.string()), form="NFKC")
+    lower = pc.utf8_lower(normal)
     words = pc.utf8_trim_whitespace(pc.replace_substring_regex(lower, pattern=NO_WORD, replacement=" "))
-    return pc.if_else(pc.equal(words, ""), pc.utf8_trim_whitespace(lower), words)
+    return pc.if_else(pc.equal(words, ""), pc.utf8_trim_whitespace(lower), words).to_pylist()
 
 
-def text_ids(texts: pyarrow.Array) -> Ids:
+def text_ids(texts: Sequence[str]) -> Ids:
     """Return both hashes of texts."""
     return Ids(exact_ids(texts), exact_ids(plain_texts(texts)))
 
@@ -250,7 +134,7 @@ def hash_rows(read: Iterable[Texts]) -> RowIds:
     odd, first_odd, made, characters = Counter[str](), dict[str, int](), 0, 0
     for texts in read:
         count_odd(texts, odd, first_odd)
-        characters += pc.sum(pc.utf8_length(texts.everything())).as_py() or 0
+        characters += sum(map(len, texts.everything()))
         found = {
             "owners": (texts.owners + made).astype(np.int32),
             "origins": texts.origins.astype(np.int32),
@@ -269,7 +153,7 @@ def hash_rows(read: Iterable[Texts]) -> RowIds:
 
 def count_odd(texts: Texts, odd: Counter[str], first_odd: dict[str, int]) -> None:
     """Add to `odd` the texts that match each pattern of `ODD`, and note in `first_odd` the first table row with one."""
-    everything = texts.everything()
+    everything = pyarrow.array(texts.everything(), pyarrow.string())
     rows = [texts.origins, *([] if texts.positives is None else [texts.origins]), texts.origins[texts.owners]]
     places = np.concatenate(rows)
     for name, pattern in ODD.items():
@@ -299,10 +183,16 @@ def counts_of(ids: np.ndarray, among: np.ndarray) -> np.ndarray:
     found = np.zeros(len(ids), np.int32)
     for places, others in zip(in_parts(ids), in_parts(among)):
         known, counts = np.unique(among[others], return_counts=True)
-        if len(known):
-            where = np.minimum(np.searchsorted(known, ids[places]), len(known) - 1)
-            found[places] = np.where(known[where] == ids[places], counts[where], 0)
+        found[places] = looked_up(ids[places], known, counts, otherwise=found[places])
     return found
+
+
+def looked_up(ids: np.ndarray, keys: np.ndarray, values: np.ndarray, otherwise: np.ndarray) -> np.ndarray:
+    """Return for each hash the value at its position in `keys` (sorted), or its entry of `otherwise` if it is not there."""
+    if not len(keys):
+        return otherwise
+    places = np.minimum(np.searchsorted(keys, ids), len(keys) - 1)
+    return np.where(keys[places] == ids, values[places], otherwise)
 
 
 def mixed(ids: np.ndarray) -> np.ndarray:
