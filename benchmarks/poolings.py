@@ -14,8 +14,8 @@ import numpy as np
 
 from hf_embed import Encoder
 from hf_embed.data.sources import read_texts
-from hf_embed.evaluation.geometry import uniformity
-from hf_embed.evaluation.sts import read_sts
+from hf_embed.evaluation.geometry import cosines_of, uniformity, unit
+from hf_embed.evaluation.sts import read_sts, spearman
 from hf_embed.kit.cli import parse, run
 
 POOLINGS = ["mean", "cls", "first_last", "top2"]
@@ -54,17 +54,9 @@ def main() -> None:
             scores = []
             for task, rows in tasks.items():
                 first, second = map(change, pairs[task])
-                cosines = (first * second).sum(1) / np.linalg.norm(first, axis=1) / np.linalg.norm(second, axis=1)
-                scores.append(100 * spearman(cosines, rows["score"]))
+                scores.append(100 * spearman(cosines_of(unit(first), unit(second)), np.array(rows["score"])))
             spread = uniformity(change(pairs[next(iter(tasks))][0]))
             print(f"{pooling:12}{name:12}" + "".join(f"{score:10.2f}" for score in scores) + f"{spread:12.3f}")
-
-
-def spearman(first: np.ndarray, second: list[float]) -> float:
-    """Return the rank correlation of two lists."""
-    from scipy.stats import spearmanr
-
-    return float(spearmanr(first, second).statistic)
 
 
 if __name__ == "__main__":
