@@ -1,11 +1,14 @@
 """Compare the fast path of training on a CPU with the plain path: do they end in models of the same quality?
 
     python benchmarks/plain_path.py --nli nli_triplets.csv --eval_sts_file stsb-dev.tsv
+    python benchmarks/plain_path.py --sentences sentences.txt [--same_dropout_mask] --eval_sts_file stsb-dev.tsv
 
 The fast path is the default: chunks without padding, and dropout masks of 16 random bits. The plain path pads its chunks, and
-uses the attention of transformers ("eager") and the dropout of PyTorch. Both train supervised SimCSE from the same model on the
-same batches. The masks of dropout differ, so the two cannot be equal. Their difference is compared with that of seeds, which
-changes the masks and the batches.
+uses the attention of transformers ("eager") and the dropout of PyTorch. Both train SimCSE from the same model on the same
+batches: supervised on triplets, or unsupervised on sentences, where two masks are all that there is to learn from.
+
+The masks of dropout differ, so the two paths cannot be equal. Their difference is compared with that of seeds, which changes
+the masks and the batches.
 """
 
 import argparse
@@ -48,6 +51,8 @@ def train(path: str, seed: int, args: argparse.Namespace, rows: Dataset) -> dict
                 seed=seed,
                 max_length=64,
                 logging_steps=1,
+                pooling="cls_mlp_train" if args.sentences else None,
+                same_dropout_mask=args.same_dropout_mask,
                 save_strategy="no",
                 report_to="none",
                 disable_tqdm=True,
@@ -63,7 +68,7 @@ def train(path: str, seed: int, args: argparse.Namespace, rows: Dataset) -> dict
         trainer.train()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         score = trainer.evaluate()["eval_sts_spearman"]
-    weights = torch.cat([p.detach().flatten() for p in trainer.step.parameters()])
+    weights = torch.cat([p.detach().flatten() for p in trainer.encoder.parameters()])
     return {"loss": statistics.mean(losses[-len(losses) // 10 :]), "score": score, "weights": weights}
 
 
@@ -76,20 +81,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(QUICKSTART / "encoder"))
     parser.add_argument("--nli", type=Path, default=QUICKSTART / "triplets.csv")
+    parser.add_argument("--sentences", type=Path)
+    parser.add_argument("--same_dropout_mask", action="store_true")
     parser.add_argument("--eval_sts_file", type=Path, default=QUICKSTART / "sts.tsv")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--learning_rate", type=float, default=1e-4)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     args = parser.parse_args()
-    rows = read_triplets(args.nli)
+    if args.sentences:
+        rows = Dataset.from_dict({"text": args.sentences.read_text(encoding="utf-8").splitlines()})
+    else:
+        rows = read_triplets(args.nli)
     runs = {(path, seed): train(path, seed, args, rows) for seed in args.seeds for path in PATHS}
+    print("mean (smallest to largest; standard deviation) of the seeds\n")
     print("| path | loss at the end | Spearman x 100 |\n|---|---|---|")
     for path in PATHS:
         cells = []
         for key, form in (("loss", ".4f"), ("score", ".2f")):
             values = [runs[path, seed][key] for seed in args.seeds]
             low, high = format(min(values), form), format(max(values), form)
-            cells.append(f"{statistics.mean(values):{form}} ({low} to {high})")
+            cells.append(f"{statistics.mean(values):{form}} ({low} to {high}; {statistics.stdev(values):{form}})")
         print(f"| {path} | {' | '.join(cells)} |")
     start = torch.cat([p.detach().flatten() for p in AutoModel.from_pretrained(args.model).parameters()])
     same = [(("fast", seed), ("plain", seed)) for seed in args.seeds]
