@@ -9,7 +9,8 @@ Merging into the original weights would give other vectors, and rounding the sum
 """
 
 import copy
-from typing import Any, TypeVar
+import warnings
+from typing import Any, TypeVar, cast
 
 import torch
 from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -140,7 +141,7 @@ def with_saved_adapter(model: PreTrainedModel, name: str, **hub: Any) -> PreTrai
             f"model '{name}' is an adapter, which cannot be merged into quantized weights without loss; load it without "
             "quantization, and save it with save_pretrained"
         )
-    adapted: Any = get_peft_model(model, PeftConfig.from_pretrained(name, **hub))
+    adapted: Any = around(model, PeftConfig.from_pretrained(name, **hub))
     check_kinds(adapted)
     saved = load_peft_weights(name, device="cpu", **hub)
     needed = get_peft_model_state_dict(adapted, save_embedding_layers=False)
@@ -151,7 +152,14 @@ def with_saved_adapter(model: PreTrainedModel, name: str, **hub: Any) -> PreTrai
             f"model '{name}': this adapter does not fit {type(model).__name__} of '{model.config.name_or_path}': {problem} "
             f"'{wrong[0]}'; merge it with PEFT into the model that it was trained on, and save that"
         )
-    return merge_adapters(adapted)
+    return merge_adapters(adapted).requires_grad_(True)  # PEFT has frozen the base model
+
+
+def around(model: PreTrainedModel, config: PeftConfig) -> PreTrainedModel:
+    """Put new adapters around a model."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT reads a name that transformers has renamed
+        return cast(PreTrainedModel, get_peft_model(model, config))
 
 
 def merged_shape(model: PreTrainedModel) -> PreTrainedModel:

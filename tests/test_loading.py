@@ -17,6 +17,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.models import Pooling, Transformer
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForMaskedLM,
     BertForMaskedLM,
@@ -29,7 +30,7 @@ from transformers import (
 from transformers.utils import is_flash_attn_2_available
 
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder
-from hf_embed.checkpoint.load import load_model
+from hf_embed.checkpoint.load import load_model, read_config
 
 
 @pytest.fixture
@@ -290,11 +291,14 @@ TEXTS = ["a cat", "the dog and the house by the river"]
 LORA = LoraConfig(r=4, target_modules=["query", "dense"])
 
 
-def test_an_adapter_that_peft_saved_is_loaded_with_the_settings_of_its_base_model(base, tmp_path):
+def test_an_adapter_that_peft_saved_is_loaded_with_the_settings_of_its_base_model(base, tmp_path, recwarn):
     adapted = with_numbers(get_peft_model(AutoModel.from_pretrained(base), LORA))
     adapted.save_pretrained(tmp_path)
     expected = Encoder(adapted.eval(), small_tokenizer(), "cls", normalize=True).encode(TEXTS)
+    recwarn.clear()
     encoder = Encoder.from_pretrained(tmp_path)
+    assert not recwarn.list and all(parameter.requires_grad for parameter in encoder.parameters())
+    assert read_config(str(tmp_path)).to_dict() == AutoConfig.from_pretrained(base).to_dict()
     assert (encoder.pooling, encoder.normalize, type(encoder.backbone)) == ("cls", True, type(adapted.get_base_model()))
     np.testing.assert_allclose(encoder.encode(TEXTS), expected, atol=1e-6)
     assert np.abs(Encoder.from_pretrained(base).encode(TEXTS) - expected).max() > 0.1  # control: the adapter has an effect

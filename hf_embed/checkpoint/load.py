@@ -216,7 +216,7 @@ def load_model(
 
 
 def read_config(name: str, trust_remote_code: bool = False, **where: Any) -> PretrainedConfig:
-    """Return the configuration of a model. Raise InputError if it is missing or wrong.
+    """Return the configuration of a model, or of the base model of an adapter. Raise InputError if it is missing or wrong.
 
     Args:
         name: a folder, or a model on the Hub.
@@ -224,7 +224,11 @@ def read_config(name: str, trust_remote_code: bool = False, **where: Any) -> Pre
         **where: options as in `Files`.
     """
     try:
+        if base := base_of_adapter(Files(name, **where)):
+            return read_config(base, trust_remote_code, **without_place(where))
         return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **where)
+    except InputError:
+        raise
     except Exception as error:  # any value in the config can cause an error
         raise unreachable(name, error) from error
 

@@ -1,15 +1,15 @@
 """Loading of the model that a plan names, with the dropout, LoRA adapters and heads that the flags ask for."""
 
-import warnings
 from collections.abc import Iterable
 from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
-from peft import LoraConfig, TaskType, get_peft_model
+from peft import LoraConfig, TaskType
 from torch import nn
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from hf_embed.adapters import around
 from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.checkpoint.load import MOST_TOKENS, find_transformer, load_tokenizer, read_config
 from hf_embed.checkpoint.load import load_model as load_backbone
@@ -135,9 +135,7 @@ def add_adapters(encoder: Encoder, model_args: ModelArguments) -> None:
         modules_to_save=["pooler"] if uses_pooler(encoder.pooling) else None,
     )  # fmt: skip
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # PEFT reads a name that transformers has renamed
-            encoder.backbone = cast(PreTrainedModel, get_peft_model(encoder.backbone, config))
+        encoder.backbone = around(encoder.backbone, config)
     except (ValueError, TypeError) as error:  # for example, PEFT does not support the kind of the module
         raise InputError(f"--lora_target_modules {' '.join(targets)}: {error}") from error
 
