@@ -5,6 +5,7 @@ A model with random values is never loaded without a message.
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.models import Pooling, Transformer
+from test_adapters import randomised
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -30,6 +32,7 @@ from transformers import (
 from transformers.utils import is_flash_attn_2_available
 
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder
+from hf_embed.adapters import with_saved_adapter
 from hf_embed.checkpoint.load import load_model, read_config
 
 
@@ -278,21 +281,15 @@ def base(tmp_path_factory):
     return folder
 
 
-def with_numbers(model):
-    """Give the adapters in a model an effect: new ones are zero."""
-    torch.manual_seed(3)
-    for key, parameter in model.named_parameters():
-        if "lora_B" in key:
-            torch.nn.init.normal_(parameter, std=0.3)
-    return model
-
-
 TEXTS = ["a cat", "the dog and the house by the river"]
-LORA = LoraConfig(r=4, target_modules=["query", "dense"])
+
+
+def lora() -> LoraConfig:
+    return LoraConfig(r=4, target_modules=["query", "dense"])
 
 
 def test_an_adapter_that_peft_saved_is_loaded_with_the_settings_of_its_base_model(base, tmp_path, recwarn):
-    adapted = with_numbers(get_peft_model(AutoModel.from_pretrained(base), LORA))
+    adapted = randomised(get_peft_model(AutoModel.from_pretrained(base), lora()))
     adapted.save_pretrained(tmp_path)
     expected = Encoder(adapted.eval(), small_tokenizer(), "cls", normalize=True).encode(TEXTS)
     recwarn.clear()
@@ -309,8 +306,8 @@ def test_an_adapter_that_peft_saved_is_loaded_with_the_settings_of_its_base_mode
 def test_an_adapter_with_settings_of_its_own_gives_sentence_transformers_vectors(base, tmp_path):
     """The folder has all files of sentence-transformers but the weights. They state another pooling than the base model's."""
     model = SentenceTransformer(modules=[Transformer(base), Pooling(32)], device="cpu")
-    model.add_adapter(LORA)
-    with_numbers(model).save(str(tmp_path))
+    model.add_adapter(lora())
+    randomised(model).save(str(tmp_path))
     assert not (tmp_path / "model.safetensors").exists()
     encoder = Encoder.from_pretrained(tmp_path)
     assert (encoder.pooling, encoder.normalize) == ("mean", False)
@@ -320,13 +317,30 @@ def test_an_adapter_with_settings_of_its_own_gives_sentence_transformers_vectors
 
 def test_an_adapter_that_does_not_fit_its_base_model_is_refused(base, tmp_path):
     """PEFT would compute without its weights: they are those of a model with a head, whose layers have other names."""
-    get_peft_model(AutoModelForMaskedLM.from_pretrained(base), LORA).save_pretrained(tmp_path)
+    get_peft_model(AutoModelForMaskedLM.from_pretrained(base), lora()).save_pretrained(tmp_path)
     message = error_of(Encoder.from_pretrained, tmp_path)
     assert f"this adapter does not fit BertModel of '{base}': its weights lack 'base_model.model.encoder.layer.0." in message
 
 
+def test_an_adapter_whose_base_model_is_gone_is_refused(base, tmp_path):
+    gone = str(tmp_path / "gone")
+    shutil.copytree(base, gone)
+    get_peft_model(AutoModel.from_pretrained(gone), lora()).save_pretrained(tmp_path / "adapter")
+    shutil.rmtree(gone)
+    message = error_of(Encoder.from_pretrained, tmp_path / "adapter")
+    assert message.startswith(
+        f"model '{tmp_path / 'adapter'}' is an adapter of '{gone}': model '{gone}' cannot be loaded: this fold"
+    )
+
+
+def test_an_adapter_of_quantized_weights_is_refused():
+    model = tiny_model("bert")
+    model.is_quantized = True
+    assert "an adapter, which cannot be merged into quantized weights" in error_of(with_saved_adapter, model, "folder")
+
+
 def test_an_adapter_that_names_no_base_model_is_refused(tmp_path):
-    get_peft_model(tiny_model("bert"), LORA).save_pretrained(tmp_path)
+    get_peft_model(tiny_model("bert"), lora()).save_pretrained(tmp_path)
     assert "is an adapter, and its adapter_config.json names no base model; write" in error_of(
         Encoder.from_pretrained, tmp_path
     )

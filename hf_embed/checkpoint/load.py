@@ -186,7 +186,7 @@ def load_model(
         where = {key: value for key, value in kwargs.items() if key in (*HUB, "subfolder")}
         files = Files(name, **where)
         if base := base_of_adapter(files):
-            model, missing = load_model(base, auto_class, trust_remote_code, **without_place(kwargs))
+            model, missing = load_base(name, base, auto_class, trust_remote_code, **without_place(kwargs))
             return with_saved_adapter(model, name, **where), missing
         config = kwargs.pop("config", None) or read_config(name, trust_remote_code, **where)
         model_class = getattr(transformers, auto_class or loading_class(config))
@@ -248,6 +248,15 @@ def base_of_adapter(files: Files) -> str | None:
             "folder of that model there, as base_model_name_or_path"
         )
     return str(base)
+
+
+def load_base(adapter: str, base: str, *given: Any, **kwargs: Any) -> tuple[PreTrainedModel, list[str]]:
+    """Load the base model of an adapter, as `load_model` does. An InputError also names the adapter."""
+    try:
+        kwargs |= find_model(base, **{key: value for key, value in kwargs.items() if key in HUB})
+        return load_model(base, *given, **kwargs)
+    except InputError as error:
+        raise InputError(f"model '{adapter}' is an adapter of '{base}': {error}") from error
 
 
 def base_without_modules(files: Files) -> str | None:
