@@ -124,13 +124,13 @@ def merge_adapters(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def with_saved_adapter(model: PreTrainedModel, name: str, **hub: Any) -> PreTrainedModel:
-    """Merge the saved adapter of a folder, or of a repository on the Hub, into the weights of its base model.
+def with_saved_adapter(model: PreTrainedModel, name: str, folder: str) -> PreTrainedModel:
+    """Merge a saved adapter into the weights of its base model.
 
     Args:
         model: the base model.
-        name: the folder or the repository of the adapter.
-        **hub: arguments for PEFT's loader: revision, token, cache_dir, local_files_only, subfolder.
+        name: the name of the adapter in messages.
+        folder: the local folder of its files.
 
     Raises:
         InputError: if the adapter cannot be merged, if the model is quantized, or if the adapter's weights are those of another
@@ -141,9 +141,9 @@ def with_saved_adapter(model: PreTrainedModel, name: str, **hub: Any) -> PreTrai
             f"model '{name}' is an adapter, which cannot be merged into quantized weights without loss; load it without "
             "quantization, and save it with save_pretrained"
         )
-    adapted: Any = around(model, PeftConfig.from_pretrained(name, **hub))
+    adapted: Any = around(model, PeftConfig.from_pretrained(folder))
     check_kinds(adapted)
-    saved = load_peft_weights(name, device="cpu", **hub)
+    saved = load_peft_weights(folder, device="cpu")
     needed = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     loaded: Any = set_peft_model_state_dict(adapted, saved)
     if wrong := sorted({*needed} - {*saved}) + sorted(loaded.unexpected_keys):

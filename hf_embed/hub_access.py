@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 TIMEOUT = 4.0  # seconds per request; HF_HUB_ETAG_TIMEOUT replaces it, if it is set
 ATTEMPTS = 2
+ONE_OF_THESE = ("config.json", "modules.json", "adapter_config.json")  # which a model has at its top
 WHAT_TO_GIVE = (
     "Give a local folder with config.json, weights and tokenizer; "
     "a recipe without arguments runs offline with the built-in quickstart encoder"
@@ -76,8 +77,8 @@ def find_model(name: str, **hub: Any) -> dict[str, bool]:
 
 def is_cached(name: str, hub: dict[str, Any]) -> bool:
     """Return whether a model is in the cache of earlier downloads."""
-    path = try_to_load_from_cache(name, "config.json", cache_dir=hub.get("cache_dir"), revision=hub.get("revision"))
-    return isinstance(path, str)
+    where = {"cache_dir": hub.get("cache_dir"), "revision": hub.get("revision")}
+    return any(isinstance(try_to_load_from_cache(name, file, **where), str) for file in ONE_OF_THESE)
 
 
 def check_dataset(name: str) -> None:

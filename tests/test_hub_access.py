@@ -1,5 +1,6 @@
 """Test that a name which cannot be reached is reported within seconds, once, and in one line."""
 
+import json
 import os
 import socket
 import subprocess
@@ -8,9 +9,11 @@ import time
 from pathlib import Path
 
 import huggingface_hub
+import numpy as np
 import pytest
 from conftest import error_of, tiny_encoder
 from hub_server import LoopbackHub
+from peft import LoraConfig, get_peft_model
 
 from hf_embed import Encoder, hub_access
 from hf_embed.data.sources import read_hub
@@ -129,6 +132,24 @@ def test_a_model_in_the_cache_is_taken_without_the_hub(nobody, tmp_path, monkeyp
     encoder = Encoder.from_pretrained("user/name", cache_dir=str(tmp_path))
     assert encoder.encode(["a cat"]).shape == (1, 32) and time.monotonic() - started < 10
     assert f"the Hub ({nobody}) cannot be reached" in caplog.text and "using model 'user/name' from the cache" in caplog.text
+
+
+def test_an_adapter_in_the_cache_is_taken_without_the_hub(nobody, tmp_path):
+    """Its repository has no config.json. The base model is in the cache too."""
+    adapted = get_peft_model(tiny_encoder().backbone, LoraConfig(r=4, target_modules=["query"]))
+    for name, save in (("base", tiny_encoder(pooling="cls").save_pretrained), ("adapter", adapted.save_pretrained)):
+        repository = tmp_path / f"models--user--{name}"
+        (repository / "snapshots" / ("0" * 40)).mkdir(parents=True)
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("0" * 40)
+        save(str(repository / "snapshots" / ("0" * 40)))
+    config = tmp_path / "models--user--adapter" / "snapshots" / ("0" * 40) / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "user/base"}))
+    encoder = Encoder.from_pretrained("user/adapter", cache_dir=str(tmp_path))
+    assert encoder.pooling == "cls"
+    assert (
+        np.abs(encoder.encode(["a cat"]) - tiny_encoder(pooling="cls").encode(["a cat"])).max() < 1e-6
+    )  # a new adapter is zero
 
 
 @pytest.mark.slow

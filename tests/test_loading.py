@@ -333,10 +333,16 @@ def test_an_adapter_whose_base_model_is_gone_is_refused(base, tmp_path):
     )
 
 
+def test_an_adapter_without_weights_is_refused(base, tmp_path):
+    get_peft_model(AutoModel.from_pretrained(base), lora()).save_pretrained(tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    assert "the adapter has no weights (adapter_model.safetensors)" in error_of(Encoder.from_pretrained, tmp_path)
+
+
 def test_an_adapter_of_quantized_weights_is_refused():
     model = tiny_model("bert")
     model.is_quantized = True
-    assert "an adapter, which cannot be merged into quantized weights" in error_of(with_saved_adapter, model, "folder")
+    assert "an adapter, which cannot be merged into quantized weights" in error_of(with_saved_adapter, model, "name", "folder")
 
 
 def test_an_adapter_that_names_no_base_model_is_refused(tmp_path):

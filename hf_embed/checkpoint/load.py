@@ -187,7 +187,7 @@ def load_model(
         files = Files(name, **where)
         if base := base_of_adapter(files):
             model, missing = load_base(name, base, auto_class, trust_remote_code, **without_place(kwargs))
-            return with_saved_adapter(model, name, **where), missing
+            return with_saved_adapter(model, name, fetched_adapter(files)), missing
         config = kwargs.pop("config", None) or read_config(name, trust_remote_code, **where)
         model_class = getattr(transformers, auto_class or loading_class(config))
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -248,6 +248,14 @@ def base_of_adapter(files: Files) -> str | None:
             "folder of that model there, as base_model_name_or_path"
         )
     return str(base)
+
+
+def fetched_adapter(files: Files) -> str:
+    """Return the local folder of an adapter, after a download if needed. Raise InputError if it has no weights."""
+    for weights in ("adapter_model.safetensors", "adapter_model.bin"):
+        if path := files.path(weights):
+            return str(Path(path).parent)
+    raise InputError(f"model '{files.name}': the adapter has no weights (adapter_model.safetensors); copy it again")
 
 
 def load_base(adapter: str, base: str, *given: Any, **kwargs: Any) -> tuple[PreTrainedModel, list[str]]:
