@@ -141,7 +141,7 @@ def with_saved_adapter(model: PreTrainedModel, name: str, folder: str) -> PreTra
             f"model '{name}' is an adapter, which cannot be merged into quantized weights without loss; load it without "
             "quantization, and save it with save_pretrained"
         )
-    adapted: Any = around(model, PeftConfig.from_pretrained(folder))
+    adapted: Any = with_new_adapters(model, PeftConfig.from_pretrained(folder))
     check_kinds(adapted)
     saved = load_peft_weights(folder, device="cpu")
     needed = get_peft_model_state_dict(adapted, save_embedding_layers=False)
@@ -155,7 +155,7 @@ def with_saved_adapter(model: PreTrainedModel, name: str, folder: str) -> PreTra
     return merge_adapters(adapted).requires_grad_(True)  # PEFT has frozen the base model
 
 
-def around(model: PreTrainedModel, config: PeftConfig) -> PreTrainedModel:
+def with_new_adapters(model: PreTrainedModel, config: PeftConfig) -> PreTrainedModel:
     """Put new adapters around a model."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT reads a name that transformers has renamed

@@ -28,7 +28,8 @@ logger = logging.getLogger(__name__)
 
 TIMEOUT = 4.0  # seconds per request; HF_HUB_ETAG_TIMEOUT replaces it, if it is set
 ATTEMPTS = 2
-ONE_OF_THESE = ("config.json", "modules.json", "adapter_config.json")  # which a model has at its top
+# A model has at least one of these files at the top of its repository.
+TOP_FILES = ("config.json", "modules.json", "adapter_config.json")
 WHAT_TO_GIVE = (
     "Give a local folder with config.json, weights and tokenizer; "
     "a recipe without arguments runs offline with the built-in quickstart encoder"
@@ -78,7 +79,7 @@ def find_model(name: str, **hub: Any) -> dict[str, bool]:
 def is_cached(name: str, hub: dict[str, Any]) -> bool:
     """Return whether a model is in the cache of earlier downloads."""
     where = {"cache_dir": hub.get("cache_dir"), "revision": hub.get("revision")}
-    return any(isinstance(try_to_load_from_cache(name, file, **where), str) for file in ONE_OF_THESE)
+    return any(isinstance(try_to_load_from_cache(name, file, **where), str) for file in TOP_FILES)
 
 
 def check_dataset(name: str) -> None:

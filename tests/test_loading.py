@@ -31,7 +31,7 @@ from transformers import (
 )
 from transformers.utils import is_flash_attn_2_available
 
-from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder
+from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, average_models
 from hf_embed.adapters import with_saved_adapter
 from hf_embed.checkpoint.load import load_model, read_config
 
@@ -301,6 +301,9 @@ def test_an_adapter_that_peft_saved_is_loaded_with_the_settings_of_its_base_mode
     assert np.abs(Encoder.from_pretrained(base).encode(TEXTS) - expected).max() > 0.1  # control: the adapter has an effect
     encoder.save_pretrained(tmp_path / "whole")  # with the check that AutoModel and sentence-transformers give these vectors
     assert Encoder.from_pretrained(tmp_path, pooling="mean").pooling == "mean"
+    half = average_models([base, str(tmp_path)]).base.encoder.layer[0].attention.self.query.weight
+    ends = [Encoder.from_pretrained(folder).base.encoder.layer[0].attention.self.query.weight for folder in (base, tmp_path)]
+    torch.testing.assert_close(half, (ends[0] + ends[1]) / 2)
 
 
 def test_an_adapter_with_settings_of_its_own_gives_sentence_transformers_vectors(base, tmp_path):

@@ -203,6 +203,8 @@ def test_lora_and_mlp_head_export(tmp_path, files, recwarn):
     config = out / "adapter" / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": str(files["model"])}))
     np.testing.assert_allclose(Encoder.from_pretrained(out / "adapter").encode(texts), merged.encode(texts), atol=1e-5)
+    argv = flags(files, "--output_dir", tmp_path / "no", "--model_name_or_path", out / "adapter", "--mlm_weight", 0.1)
+    assert f"is an adapter of '{files['model']}', and has no head for masked words; give" in error_of(sup, *argv)
     loaded = SentenceTransformer(str(out / "adapter"), device="cpu")
     np.testing.assert_allclose(loaded.encode(texts), merged.encode(texts), atol=1e-5)
 

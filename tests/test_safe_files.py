@@ -81,13 +81,17 @@ def stops(work: Callable[[], object]) -> Iterator[int]:
     What is on the disk then is what a kill at this call would leave. This is much faster than one process for each call.
     """
     child = fork(work, lambda call: os.kill(os.getpid(), signal.SIGSTOP))
-    number = 0
-    while os.WIFSTOPPED(status := os.waitpid(child, os.WUNTRACED)[1]):
-        number += 1
-        try:
+    number, status = 0, os.waitpid(child, os.WUNTRACED)[1]
+    try:
+        while os.WIFSTOPPED(status):
+            number += 1
             yield number
-        finally:  # also when a check fails, the child does not stay
             os.kill(child, signal.SIGCONT)
+            status = os.waitpid(child, os.WUNTRACED)[1]
+    finally:
+        if os.WIFSTOPPED(status):  # a check has failed
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
     assert status == 0
 
 

@@ -46,10 +46,10 @@ def read_layout(path: str, layouts: Sequence[Sequence[str]], further: bool = Fal
         path: a file, or OWNER/DATASET:SPLIT on the Hub.
         layouts: the plain names of the columns that belong together. The first layout that the rows have is used. The columns
             of a csv or tsv file without a header, whose first row has none of these names, are in the order of the first one.
-        further: whether such a file may have further columns. They are returned too.
+        further: whether a file without a header may have more columns, which are then returned too.
 
     Returns:
-        The rows with these columns only, and whether the columns have names.
+        The rows with the columns of the layout, and whether the columns have names.
 
     Raises:
         InputError: if the rows have none of the layouts.

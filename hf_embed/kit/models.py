@@ -9,10 +9,11 @@ from peft import LoraConfig, TaskType
 from torch import nn
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from hf_embed.adapters import around
+from hf_embed.adapters import with_new_adapters
 from hf_embed.arguments import ContrastiveTrainingArguments
-from hf_embed.checkpoint.load import MOST_TOKENS, find_transformer, load_tokenizer, read_config
+from hf_embed.checkpoint.load import MOST_TOKENS, base_of_adapter, find_transformer, load_tokenizer, read_config
 from hf_embed.checkpoint.load import load_model as load_backbone
+from hf_embed.checkpoint.model_files import Files
 from hf_embed.checkpoint.settings import read_settings
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError, listed
@@ -89,6 +90,10 @@ def load_masked_lm(name: str, args: ContrastiveTrainingArguments, kwargs: dict[s
     """
     found = find_model(name)
     folder: dict[str, Any] = find_transformer(name, **found) | found
+    if base := base_of_adapter(Files(name, **folder)):
+        raise InputError(
+            f"--mlm_weight: '{name}' is an adapter of '{base}', and has no head for masked words; give a masked language model"
+        )
     tokenizer = load_tokenizer(name, kwargs["trust_remote_code"], **folder)
     model, missing = load_backbone(name, "AutoModelForMaskedLM", **folder, **kwargs)
     if missing := [key for key in missing if key.startswith(f"{model.base_model_prefix}.") and ".pooler." not in key]:
@@ -135,7 +140,7 @@ def add_adapters(encoder: Encoder, model_args: ModelArguments) -> None:
         modules_to_save=["pooler"] if uses_pooler(encoder.pooling) else None,
     )  # fmt: skip
     try:
-        encoder.backbone = around(encoder.backbone, config)
+        encoder.backbone = with_new_adapters(encoder.backbone, config)
     except (ValueError, TypeError) as error:  # for example, PEFT does not support the kind of the module
         raise InputError(f"--lora_target_modules {' '.join(targets)}: {error}") from error
 
