@@ -495,4 +495,4 @@ class Encoder(WithSettings):
         """
         from hf_embed.checkpoint.load import load_encoder
 
-        return load_encoder(cls, str(name_or_path), pooling, max_length, normalize, trust_remote_code, **model_kwargs)
+        return load_encoder(cls, name_or_path, pooling, max_length, normalize, trust_remote_code, **model_kwargs)

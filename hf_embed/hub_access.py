@@ -42,7 +42,7 @@ class Unreachable(str):
     """Why the Hub cannot be reached at all. A copy in the cache can then be used."""
 
 
-def find_model(name: str, **hub: Any) -> dict[str, bool]:
+def find_model(name: str | os.PathLike, **hub: Any) -> dict[str, bool]:
     """Check whether a model is a local folder or on the Hub.
 
     Args:
@@ -54,8 +54,10 @@ def find_model(name: str, **hub: Any) -> dict[str, bool]:
         {"local_files_only": True}, after a warning. Otherwise {}.
 
     Raises:
-        InputError: if the model is neither a local folder nor available on the Hub.
+        InputError: if the model is neither a local folder nor available on the Hub, or if `name` is a model.
     """
+    if not isinstance(name, str | os.PathLike):
+        raise InputError(f"the model is given as an object of the type {type(name).__name__}; give its name or its folder")
     name = str(name)
     if os.path.isfile(name):
         raise InputError(f"model '{name}' cannot be loaded: this is a file. {WHAT_TO_GIVE}")

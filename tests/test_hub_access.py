@@ -51,6 +51,14 @@ def nobody(monkeypatch):
     return address
 
 
+def test_a_model_in_place_of_its_name():
+    """Without this check, the message would show all layers of the model as its name."""
+    encoder = tiny_encoder()
+    for model in (encoder, encoder.backbone, None):
+        said = f"the model is given as an object of the type {type(model).__name__}; give its name or its folder"
+        assert error_of(Encoder.from_pretrained, model) == said
+
+
 @pytest.mark.parametrize("load", [Encoder.from_pretrained, MaskFill, find_model])
 def test_nothing_listens(nobody, load):
     started = time.monotonic()

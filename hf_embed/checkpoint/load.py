@@ -59,7 +59,7 @@ MOST_TOKENS = 10**9
 @torch.inference_mode(False)  # a model that is loaded in inference mode could not be checked, and never be trained
 def load_encoder(
     cls: type[Encoder],
-    name: str,
+    name_or_path: str | Path,
     pooling: str | None = None,
     max_length: int | None = None,
     normalize: bool | None = None,
@@ -71,7 +71,7 @@ def load_encoder(
 
     Args:
         cls: the class of the encoder.
-        name: a folder, or a model on the Hub.
+        name_or_path: a folder, or a model on the Hub.
         pooling: replaces the pooling that the folder states.
         max_length: replaces the maximum length that the folder states.
         normalize: replaces the normalization that the folder states.
@@ -85,9 +85,9 @@ def load_encoder(
     """
     for key in model_kwargs:
         if key in ELSEWHERE:
-            raise InputError(f"model '{name}': from_pretrained does not support {key}; {ELSEWHERE[key]}")
+            raise InputError(f"from_pretrained does not support {key}; {ELSEWHERE[key]}")
     hub = {key: model_kwargs[key] for key in HUB if key in model_kwargs}
-    found = find_model(name, **hub)
+    found, name = find_model(name_or_path, **hub), str(name_or_path)
     hub, model_kwargs = hub | found, model_kwargs | found
     folder = find_transformer(name, **hub)
     backbone, missing = load_model(name, trust_remote_code=trust_remote_code, **folder, **model_kwargs)
