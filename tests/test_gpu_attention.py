@@ -84,8 +84,32 @@ def test_an_older_gpu_has_no_flash_attention(long, recent, monkeypatch):
     """BUG: with bfloat16, a run ended in "cutlassF: no kernel found to launch!". PyTorch has none before Ampere."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     for dtype in (torch.float16, torch.float32):
-        assert gpu_kernel(torch.device("cpu"), dtype, 64, long) is packed_attention.efficient_attention
-    assert gpu_kernel(torch.device("cpu"), torch.bfloat16, 64, long) is None
+        assert gpu_kernel(torch.device("cpu"), dtype, 64, long, False) is packed_attention.efficient_attention
+    assert gpu_kernel(torch.device("cpu"), torch.bfloat16, 64, long, False) is None
+
+
+@pytest.mark.parametrize(
+    ("works", "dtype", "width", "expected"),
+    [
+        (True, torch.bfloat16, 64, "efficient"),
+        (True, torch.float32, 64, "efficient"),
+        (False, torch.bfloat16, 64, "flash"),
+        (False, torch.float16, 200, None),
+        (False, torch.float32, 64, None),
+    ],
+)
+def test_dropout_needs_a_kernel_that_has_it(works, dtype, width, expected, recent, monkeypatch):
+    """BUG: short texts had dropout of kernels that, before PyTorch 2.14, drop other weights in the backward pass."""
+    for name in ("flash", "efficient"):
+        monkeypatch.setattr(packed_attention, f"{name}_attention", lambda *_, name=name: name)
+    monkeypatch.setattr(packed_attention, "EFFICIENT_DROPOUT", works)
+    query = states(SHORT, width=width, dtype=dtype)
+    given = query, query, query, bounds_of(SHORT), max(SHORT), 0.1, None
+    if expected is None:
+        with pytest.raises(CannotPack, match=f"{dtype} with heads of {width} numbers and dropout in a packed row"):
+            attend_on_gpu(*given)
+    else:
+        assert attend_on_gpu(*given) == expected
 
 
 @pytest.mark.parametrize(("dtype", "width"), [(torch.float64, 64), (torch.float32, 12)])
@@ -118,13 +142,13 @@ def test_the_arguments_mean_what_they_mean_on_a_cpu(lengths, heads, scale, recen
     assert_close(got, expected[0])
 
 
-@pytest.mark.parametrize("lengths", [SHORT, LONG])
-def test_pytorch_has_the_kernels_with_a_backward_pass(lengths, recent, monkeypatch):
+@pytest.mark.parametrize(("lengths", "dropout"), [(SHORT, 0.0), (LONG, 0.1)])
+def test_pytorch_has_the_kernels_with_a_backward_pass(lengths, dropout, recent, monkeypatch):
     """On the device "meta", which has shapes only, a renamed kernel or another order of arguments raises an error."""
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # which does not know "meta"
     query = states(lengths, dtype=torch.bfloat16, device="meta")
     row = query.transpose(0, 1).unsqueeze(0)
-    options = {"text_bounds": bounds_of(lengths, "meta"), "longest_text": max(lengths), "dropout": 0.1}
+    options = {"text_bounds": bounds_of(lengths, "meta"), "longest_text": max(lengths), "dropout": dropout}
     out, _ = attend_by_text(torch.nn.Module(), row, row, row, None, **options)
     assert out.shape == (1, sum(lengths), 4, 16) and out.dtype == torch.bfloat16
     out.sum().backward()
@@ -417,6 +441,25 @@ def test_the_kernels_attend_within_texts(lengths, dtype, tolerance):
         found.append([part.detach().double().cpu() for part in (out, query.grad, key.grad, value.grad)])
     for got, expected in zip(*found):
         assert (got - expected).norm() <= tolerance * expected.norm()
+
+
+@on_a_gpu
+@pytest.mark.parametrize("length", [9, 70])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_kernels_drop_the_same_weights_in_both_passes(length, dtype):
+    """The output is linear in the values, so both products below are equal if the gradient has the masks of the output.
+
+    Texts and heads with equal states have different outputs if each has a mask of its own.
+    """
+    if dtype == torch.float32 and not packed_attention.EFFICIENT_DROPOUT:
+        pytest.skip("PyTorch has no such kernel with dropout")
+    query, key, value = (states([length], 1, dtype=dtype, device="cuda").detach().roll(i).repeat(3, 4, 1) for i in range(3))
+    out = attend_on_gpu(query, key, value.requires_grad_(), bounds_of(3 * [length], "cuda"), length, 0.1, None)
+    factors = torch.randn_like(out)
+    (gradient,) = torch.autograd.grad(out, value, factors)
+    products = [(one.double() * other.double()).sum() for one, other in ((out, factors), (value, gradient))]
+    assert abs(products[0] - products[1]) <= 3e-2 * (out.double() * factors.double()).norm()
+    assert not any(torch.equal(out[:length, 0], out.view(3, length, 4, -1)[text, :, head]) for text, head in [(0, 1), (1, 0)])
 
 
 @on_a_gpu

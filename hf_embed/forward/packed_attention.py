@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from hf_embed.forward.dropout import draw_mask
-from hf_embed.library_internals import efficient_attention, flash_attention
+from hf_embed.library_internals import EFFICIENT_DROPOUT, efficient_attention, flash_attention
 
 # What transformers may pass to an attention function beside its known arguments, and what changes nothing there.
 IGNORED_ARGUMENTS = {"position_ids", "output_attentions", "output_hidden_states", "use_cache", "cu_seq_lens_q", "cu_seq_lens_k",
@@ -110,21 +110,22 @@ def attend_on_gpu(
     The choice of the kernel depends on shapes only, because reading the bounds would make the host wait for the GPU.
 
     Raises:
-        CannotPack: if there is no kernel for the precision or for d.
+        CannotPack: if there is no kernel for the precision, for d, or for dropout.
     """
     if torch.is_autocast_enabled(query.device.type):  # as PyTorch's function for padded texts does
         query, key, value = (states.to(torch.get_autocast_dtype(query.device.type)) for states in (query, key, value))
     long = len(query) > FLASH_TOKENS * (len(bounds) - 1)
-    kernel = gpu_kernel(query.device, query.dtype, query.shape[2], long)
+    kernel = gpu_kernel(query.device, query.dtype, query.shape[2], long, dropout > 0)
     if kernel is None:
-        raise CannotPack(f"attention in {query.dtype} with heads of {query.shape[2]} numbers in a packed row")
+        also = " and dropout" if dropout else ""
+        raise CannotPack(f"attention in {query.dtype} with heads of {query.shape[2]} numbers{also} in a packed row")
     if query.shape[1] != key.shape[1]:
         key, value = (states.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for states in (key, value))
     return kernel(query, key, value, bounds, longest, dropout, scale)
 
 
 @lru_cache
-def gpu_kernel(device: torch.device, dtype: torch.dtype, width: int, long: bool) -> Callable[..., Tensor] | None:
+def gpu_kernel(device: torch.device, dtype: torch.dtype, width: int, long: bool, drops: bool) -> Callable[..., Tensor] | None:
     """Return the kernel that attends within the texts of a packed row; None: there is none.
 
     Args:
@@ -132,12 +133,16 @@ def gpu_kernel(device: torch.device, dtype: torch.dtype, width: int, long: bool)
         dtype: the precision of the states.
         width: d, the numbers of a head.
         long: whether a text has more than `FLASH_TOKENS` tokens on average.
+        drops: whether there is dropout.
     """
     if dtype not in (torch.float32, torch.float16, torch.bfloat16) or width % 8:
         return None
-    if torch.cuda.get_device_capability(device) < (8, 0):  # such as a T4, which computes bfloat16 without kernels for it
-        return None if dtype == torch.bfloat16 else efficient_attention
-    return flash_attention if long and dtype != torch.float32 and width <= FLASH_WIDTH else efficient_attention
+    recent = torch.cuda.get_device_capability(device) >= (8, 0)  # unlike a T4, which computes bfloat16 without kernels for it
+    flash = recent and dtype != torch.float32 and width <= FLASH_WIDTH
+    efficient = (recent or dtype != torch.bfloat16) and (EFFICIENT_DROPOUT or not drops)
+    if flash and (long or not efficient):
+        return flash_attention
+    return efficient_attention if efficient else None
 
 
 def groups_of(lengths: tuple[int, ...]) -> list[tuple[int, int]]:
