@@ -244,6 +244,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], list[tuple[Any, str, Any]]]] = {
     "chunks of 8,192 tokens": ({"chunk_tokens": 8192}, []),
     "gradient caching": ({"gradient_caching": True}, []),
     "texts padded": ({}, [(packing, "PACKED_ATTENTION", [])]),
+    "texts padded, with cuDNN": ({}, [(packing, "PACKED_ATTENTION", []), (packed_attention, "CUDNN", True)]),
     "size of a row a multiple of 512": ({}, [(packing, "MULTIPLE", 512)]),
 }
 if EFFICIENT_DROPOUT:  # otherwise, flash attention is used for all texts

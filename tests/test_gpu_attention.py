@@ -346,6 +346,25 @@ def test_a_folder_is_compared_exactly(tmp_path, monkeypatch, all_products):
 # ---- settings that differ on a GPU ----
 
 
+@pytest.mark.parametrize("caching", [False, True])
+@pytest.mark.parametrize("allowed", [True, False])
+def test_chunks_have_no_attention_of_cudnn(caching, allowed, monkeypatch):
+    """BUG: on an H200, padded chunks waited for cuDNN, which prepares its kernels anew for each shape of a chunk."""
+    seen, embed, encoder = [], Encoder.embed, Encoder(tiny_model(), small_tokenizer())
+    of_cuda = torch.backends.cuda
+    monkeypatch.setattr(Encoder, "embed", lambda *args: seen.append(of_cuda.cudnn_sdp_enabled()) or embed(*args))
+    before = of_cuda.cudnn_sdp_enabled()
+    of_cuda.enable_cudnn_sdp(allowed)
+    # `torch.utils.checkpoint`, which a GPU uses
+    monkeypatch.setattr("hf_embed.forward.activations.has_gradient_hook", lambda tensor: True)
+    try:
+        encoder(torch.arange(5, 13), [4, 3, 1], chunk_tokens=4, gradient_caching=caching)["embeddings"].sum().backward()
+        assert of_cuda.cudnn_sdp_enabled() is allowed
+    finally:
+        of_cuda.enable_cudnn_sdp(before)
+    assert seen == (4 if caching else 2) * [False]
+
+
 def test_chunks_are_larger_where_all_activations_are_kept():
     assert [default_chunk_tokens(torch.device("cuda"), kept) for kept in (True, False)] == [65536, 16384]
     assert [default_chunk_tokens(torch.device("cpu"), kept) for kept in (True, False)] == [2048, 2048]

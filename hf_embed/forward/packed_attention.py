@@ -9,7 +9,8 @@ together: a chunk is sorted by length, so these are few groups.
 Shapes: S tokens in all. H heads of d numbers.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from itertools import groupby
 from typing import Any
@@ -37,6 +38,9 @@ FLASH_TOKENS = 64
 # The largest number of numbers in a head for which flash attention has a backward pass with dropout on every GPU. On consumer
 # cards (compute capability 8.6, 8.9 and 12), that of larger heads ends in an error.
 FLASH_WIDTH = 192
+
+
+CUDNN = False  # whether padded texts may have the attention of cuDNN; see `without_cudnn`
 
 
 class CannotPack(NotImplementedError):
@@ -100,6 +104,23 @@ def attend_by_text(
 PADDED = AttentionInterface()["sdpa"]
 # With padded texts this is still `PADDED`, so other models in this process compute what they did.
 AttentionInterface.register("sdpa", attend_by_text)
+
+
+@contextlib.contextmanager
+def without_cudnn() -> Iterator[None]:
+    """Let PyTorch's attention for padded texts use other kernels than those of cuDNN inside a `with` block.
+
+    On some GPUs (H100, H200, B200), PyTorch prefers cuDNN in half precision. It prepares its kernels for each new number of
+    texts and of tokens, which takes longer than a chunk, and nearly every chunk is new.
+    """
+    if CUDNN or torch.compiler.is_compiling() or not torch.backends.cuda.cudnn_sdp_enabled():
+        yield
+        return
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
 
 
 def attend_on_gpu(
