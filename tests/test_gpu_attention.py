@@ -16,7 +16,15 @@ from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, 
 from hf_embed.errors import InputError
 from hf_embed.forward import packed_attention
 from hf_embed.forward.chunking import default_chunk_tokens
-from hf_embed.forward.packed_attention import FLASH_TOKENS, PADDED, CannotPack, attend_by_text, attend_on_gpu, gpu_kernel
+from hf_embed.forward.packed_attention import (
+    FLASH_TOKENS,
+    PADDED,
+    CannotDrop,
+    CannotPack,
+    attend_by_text,
+    attend_on_gpu,
+    gpu_kernel,
+)
 from hf_embed.forward.packing import from_zero
 from hf_embed.kit.inference import EncodingArguments, load_for_encoding, process_state
 from hf_embed.library_internals import attention_backend
@@ -106,7 +114,7 @@ def test_dropout_needs_a_kernel_that_has_it(works, dtype, width, expected, recen
     query = states(SHORT, width=width, dtype=dtype)
     given = query, query, query, bounds_of(SHORT), max(SHORT), 0.1, None
     if expected is None:
-        with pytest.raises(CannotPack, match=f"{dtype} with heads of {width} numbers and dropout in a packed row"):
+        with pytest.raises(CannotDrop, match=f"{dtype} with heads of {width} numbers in a packed row"):
             attend_on_gpu(*given)
     else:
         assert attend_on_gpu(*given) == expected
@@ -117,6 +125,26 @@ def test_without_a_kernel_the_texts_are_padded(dtype, width):
     query = states(LONG, width=width, dtype=dtype)
     with pytest.raises(CannotPack, match=f"{dtype} with heads of {width} numbers"):
         attend_on_gpu(query, query, query, bounds_of(LONG), max(LONG), 0.0, None)
+
+
+def test_without_a_kernel_with_dropout_only_the_training_pads(monkeypatch):
+    """The check of an encoder trains in float32, where there may be no such kernel, and the training then in bfloat16."""
+    texts, kinds = (torch.arange(5, 13), [4, 3, 1]), []
+    alone = Encoder(tiny_model(attn_implementation="eager"), small_tokenizer())
+    embed = Encoder.embed
+    monkeypatch.setattr(Encoder, "embed", lambda *args, **more: kinds.append(len(args) > 3) or embed(*args, **more))
+
+    def no_dropout(shape, p):
+        raise CannotDrop("dropout")
+
+    monkeypatch.setattr(packed_attention, "draw_mask", no_dropout)
+    encoder = Encoder(tiny_model(), small_tokenizer())
+    assert encoder.numbering is from_zero
+    kinds.clear()
+    encoder.train()(*texts)
+    assert kinds == [True, False]
+    assert_close(encoder.eval()(*texts), alone(*texts))
+    assert encoder.numbering is from_zero
 
 
 def test_under_autocast_the_states_are_cast(recent, monkeypatch):

@@ -47,6 +47,10 @@ class CannotPack(NotImplementedError):
     """The attention of a model needs something that a packed row does not have."""
 
 
+class CannotDrop(CannotPack):
+    """There is a kernel for a packed row, but none with dropout, so the texts are padded in training only."""
+
+
 def attend_by_text(
     module: nn.Module,
     query: Tensor,
@@ -131,15 +135,17 @@ def attend_on_gpu(
     The choice of the kernel depends on shapes only, because reading the bounds would make the host wait for the GPU.
 
     Raises:
-        CannotPack: if there is no kernel for the precision, for d, or for dropout.
+        CannotPack: if there is no kernel for the precision or for d.
+        CannotDrop: if there is one, but without dropout.
     """
     if torch.is_autocast_enabled(query.device.type):  # as PyTorch's function for padded texts does
         query, key, value = (states.to(torch.get_autocast_dtype(query.device.type)) for states in (query, key, value))
     long = len(query) > FLASH_TOKENS * (len(bounds) - 1)
     kernel = gpu_kernel(query.device, query.dtype, query.shape[2], long, dropout > 0)
     if kernel is None:
-        also = " and dropout" if dropout else ""
-        raise CannotPack(f"attention in {query.dtype} with heads of {query.shape[2]} numbers{also} in a packed row")
+        plain = gpu_kernel(query.device, query.dtype, query.shape[2], long, False)
+        kind = CannotPack if plain is None else CannotDrop
+        raise kind(f"attention in {query.dtype} with heads of {query.shape[2]} numbers in a packed row")
     if query.shape[1] != key.shape[1]:
         key, value = (states.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for states in (key, value))
     return kernel(query, key, value, bounds, longest, dropout, scale)
