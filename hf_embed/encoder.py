@@ -272,13 +272,12 @@ class Encoder(WithSettings):
         )
         try:
             return {"embeddings": encode(numbering=None if packed is False else self.numbering)}
-        except CannotDrop:
-            return {"embeddings": encode()}
         except CannotPack as error:  # the check packs short rows, and a model may build a mask only for long ones
             if packed:
                 raise
-            logger.warning(f"{type(self.base).__name__}: {error} is not possible; from now on, texts are padded")
-            self.packable = None
+            if not isinstance(error, CannotDrop):
+                logger.warning(f"{type(self.base).__name__}: {error} is not possible; from now on, texts are padded")
+                self.packable = None
             return {"embeddings": encode()}
 
     @property
