@@ -33,6 +33,7 @@ import copy
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import statistics
 import sys
@@ -168,10 +169,12 @@ def deterministic() -> Iterator[None]:
     With `warn_only=True`, attention would still take its kernels that are not deterministic.
     """
     torch.use_deterministic_algorithms(True)
+    os.environ["FLASH_ATTENTION_DETERMINISTIC"] = "1"  # for the package flash_attn; transformers reads it
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
+        del os.environ["FLASH_ATTENTION_DETERMINISTIC"]
 
 
 class KeepGradients(TrainerCallback):
