@@ -1,6 +1,7 @@
 """What one training step on a GPU consists of, and what it costs with other settings: two parts of benchmarks/gpu.py."""
 
 import contextlib
+import copy
 import statistics
 import time
 import traceback
@@ -13,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_bench import LENGTHS, Bench, Clock, Result, Tasks, judged, make_model, make_rows, make_trainer
+from gpu_bench import FLASH, LENGTHS, Bench, Clock, Result, Tasks, judged, make_model, make_rows, make_trainer, tokenizer
 from torch import nn
 from torch.nn import functional as F
 from transformers import TrainerCallback
 
+from hf_embed import Encoder, SimCSE
 from hf_embed.forward import packed_attention, packing
 from hf_embed.forward.packed_attention import CannotPack, attend_by_text
 from hf_embed.library_internals import EFFICIENT_DROPOUT, efficient_attention, flash_attention
@@ -152,6 +154,44 @@ def step_checks(bench: Bench) -> Tasks:
         "host synchronizations, large loss": partial(synchronizations, bench, ImprovedContrastive()),
         "full memory": partial(full_memory_check, bench),
     }
+
+
+# ---- gradients ----
+
+
+def all_gradients(model: nn.Module, vectors: torch.Tensor, rows: int) -> torch.Tensor:
+    """Return the gradients of all weights, in one row, float64 on the CPU: of SimCSE's loss of the vectors (N, D) of rows."""
+    model.zero_grad()
+    grid = vectors.view(rows, -1, vectors.shape[-1])
+    SimCSE(0.05)(grid, torch.arange(1, len(vectors) + 1, device=grid.device).view(rows, -1)).backward()
+    return torch.cat([weight.grad.double().cpu().flatten() for weight in model.parameters() if weight.grad is not None])
+
+
+def gradient_check(bench: Bench, texts: str) -> list[Result]:
+    """Compare the gradients of a step without dropout with those of each text alone, in float64 on the CPU."""
+    rows, start = make_rows(4, LENGTHS[texts]), make_model(bench.sizes.checked, "eager", dropout=0.0)
+    given = [text for row in rows for text in row.values()]
+    lists = tokenizer()(given, truncation=True, max_length=LENGTHS[texts].max_length)["input_ids"]
+    plain, results = copy.deepcopy(start).double(), []
+    alone = [plain(torch.tensor([ids])).last_hidden_state.mean(1) for ids in lists]
+    expected = all_gradients(plain, torch.cat(alone), len(rows))
+    for backend in bench.backends:
+        model = make_model(bench.sizes.checked, backend, dropout=0.0).to(bench.device)
+        for half in (False, True) if backend != FLASH else (True,):
+            encoder, flat = Encoder(model, tokenizer()), torch.tensor([i for ids in lists for i in ids], device=bench.device)
+            with torch.autocast(bench.device, torch.bfloat16, enabled=half):
+                vectors = encoder(flat, [*map(len, lists)], chunk_tokens=len(flat) // 2)["embeddings"].float()
+            found = all_gradients(model, vectors, len(rows))
+            distance, largest = ((found - expected).norm() / expected.norm()).item(), 0.1 if half else 1e-4
+            name = f"gradients = reference, {texts}, {backend}, {'bfloat16' if half else 'float32'}"
+            figures = {"relative distance": distance, "packed": encoder.numbering is not None}
+            results.append(judged("exact", name, distance <= largest, figures, f"at most {largest:g} from float64 on the CPU"))
+    return results
+
+
+def gradient_checks(bench: Bench) -> Tasks:
+    """Check the gradients for short and for long texts, which have other kernels."""
+    return {f"gradients, {texts}": partial(gradient_check, bench, texts) for texts in LENGTHS}
 
 
 # ---- the kernels of attention ----
