@@ -115,7 +115,8 @@ def without_cudnn() -> Iterator[None]:
     """Let PyTorch's attention for padded texts use other kernels than those of cuDNN inside a `with` block.
 
     On some GPUs (H100, H200, B200), PyTorch prefers cuDNN in half precision. It prepares its kernels for each new number of
-    texts and of tokens, which takes longer than a chunk, and nearly every chunk is new.
+    texts and of tokens, which takes longer than a chunk, and nearly every chunk is new. And with a mask, its gradients can be
+    NaN for some numbers of tokens (https://github.com/pytorch/pytorch/issues/196678).
     """
     if CUDNN or torch.compiler.is_compiling() or not torch.backends.cuda.cudnn_sdp_enabled():
         yield
