@@ -9,7 +9,8 @@ The command needs no network: the models have random weights, and the texts are 
     forward      training, encoding and a float64 reference on the CPU give the same vectors: every pooling, precision and
                  attention backend: eager, sdpa, and flash_attention_2 if flash_attn is installed (benchmarks/flash_of_torch.py
                  writes a package that can stand in for it)
-    exact        gradient caching equals the plain chunks, and a resumed run equals an uninterrupted one, bit for bit
+    exact        gradient caching equals the plain chunks, and a resumed run equals an uninterrupted one, bit for bit; attention
+                 within texts drops the same weights in both passes; gradients equal a float64 reference on the CPU
     tempscale    TempScale, applied and folded, equals attention whose scores are divided: every backend
     loss         tiles do not change the improved contrastive loss; its memory and time for 65,536 pairs
     matrix       the rate of matrix products in bfloat16, TF32 and float32
@@ -32,6 +33,7 @@ import copy
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import statistics
 import sys
@@ -167,10 +169,12 @@ def deterministic() -> Iterator[None]:
     With `warn_only=True`, attention would still take its kernels that are not deterministic.
     """
     torch.use_deterministic_algorithms(True)
+    os.environ["FLASH_ATTENTION_DETERMINISTIC"] = "1"  # for the package flash_attn; transformers reads it
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
+        del os.environ["FLASH_ATTENTION_DETERMINISTIC"]
 
 
 class KeepGradients(TrainerCallback):
@@ -273,7 +277,8 @@ def exact_checks(bench: Bench) -> Tasks:
     tasks: Tasks = {f"gradient caching, {backend}": partial(caching_check, bench, backend, True) for backend in bench.backends}
     tasks["gradient caching, default kernels"] = partial(caching_check, bench, "sdpa", False)
     tasks["gradient caching as needed"] = partial(as_needed_check, bench)
-    return tasks | {"resumed = uninterrupted": partial(resume_check, bench)}
+    tasks["resumed = uninterrupted"] = partial(resume_check, bench)
+    return tasks | gpu_step.dropout_checks(bench) | gpu_step.gradient_checks(bench)
 
 
 # ---- 3. TempScale ----

@@ -58,6 +58,7 @@ from transformers.utils import is_flash_attn_2_available
 from transformers.utils.logging import disable_progress_bar
 
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, SimCSE
+from hf_embed.forward.packed_attention import without_cudnn
 from hf_embed.kit.plan import QUICKSTART
 from hf_embed.objectives import Objective
 
@@ -285,7 +286,8 @@ def timed_run(bench: Bench, case: Case, side: str, rows: list[dict[str, str]], m
             trainer = make_trainer(bench, model, rows, [clock], pooling="mean", max_length=lengths.max_length, **settings)
         else:
             trainer = their_trainer(bench, case, rows, model_folder, clock, settings)
-        trainer.train()
+        with without_cudnn():  # both sides: a long training would prepare cuDNN's kernels for each shape only once
+            trainer.train()
         rate = sizes.batch * sizes.steps / (clock.times[-1] - clock.times[sizes.warm_up])
         peak = torch.cuda.max_memory_allocated() / 2**30 if bench.cuda else None
         return {"rows/s": rate, "peak GiB": peak} | ({"caching": trainer.args.gradient_caching} if side == OURS else {})
@@ -404,12 +406,14 @@ def encoding_times(bench: Bench, model: str, texts: str) -> list[Result]:
         theirs = SentenceTransformer(folder, device=bench.device, model_kwargs={"dtype": torch.bfloat16})
         theirs.max_seq_length = lengths.max_length
         ways[THEIRS] = lambda: theirs.encode(given, batch_size=256)
-    vectors = [torch.from_numpy(encode()).float() for encode in ways.values()]  # which also warms up
+    with without_cudnn():
+        vectors = [torch.from_numpy(encode()).float() for encode in ways.values()]  # which also warms up
     seconds: dict[str, list[float]] = {side: [] for side in ways}
     for _ in range(bench.sizes.rounds):
         for side, encode in ways.items():
             start = time.perf_counter()
-            encode()
+            with without_cudnn():
+                encode()
             seconds[side].append(time.perf_counter() - start)
     figures: dict[str, Any] = {f"{side} texts/s": len(given) / statistics.median(taken) for side, taken in seconds.items()}
     name, reason = f"{model}, {len(given):,} {texts}, bfloat16", "" if THEIRS in ways else f"{THEIRS} is not installed"

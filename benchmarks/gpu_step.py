@@ -1,6 +1,7 @@
 """What one training step on a GPU consists of, and what it costs with other settings: two parts of benchmarks/gpu.py."""
 
 import contextlib
+import copy
 import statistics
 import time
 import traceback
@@ -13,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_bench import LENGTHS, Bench, Clock, Result, Tasks, judged, make_model, make_rows, make_trainer
+from gpu_bench import FLASH, LENGTHS, Bench, Clock, Result, Tasks, judged, make_model, make_rows, make_trainer, tokenizer
+from torch import nn
 from torch.nn import functional as F
 from transformers import TrainerCallback
 
+from hf_embed import Encoder, SimCSE
 from hf_embed.forward import packed_attention, packing
-from hf_embed.library_internals import efficient_attention, flash_attention
+from hf_embed.forward.packed_attention import CannotPack, attend_by_text
+from hf_embed.library_internals import EFFICIENT_DROPOUT, efficient_attention, flash_attention
 from hf_embed.objectives import ImprovedContrastive, Objective
 
 # ---- the slowest kernels, and host synchronizations ----
@@ -152,9 +156,81 @@ def step_checks(bench: Bench) -> Tasks:
     }
 
 
+# ---- gradients ----
+
+
+def all_gradients(model: nn.Module, vectors: torch.Tensor, rows: int) -> torch.Tensor:
+    """Return the gradients of all weights, in one row, float64 on the CPU: of SimCSE's loss of the vectors (N, D) of rows."""
+    model.zero_grad()
+    grid = vectors.view(rows, -1, vectors.shape[-1])
+    SimCSE(0.05)(grid, torch.arange(1, len(vectors) + 1, device=grid.device).view(rows, -1)).backward()
+    return torch.cat([weight.grad.double().cpu().flatten() for weight in model.parameters() if weight.grad is not None])
+
+
+def gradient_check(bench: Bench, texts: str) -> list[Result]:
+    """Compare the gradients of a step without dropout with those of each text alone, in float64 on the CPU."""
+    rows, start = make_rows(4, LENGTHS[texts]), make_model(bench.sizes.checked, "eager", dropout=0.0)
+    given = [text for row in rows for text in row.values()]
+    lists = tokenizer()(given, truncation=True, max_length=LENGTHS[texts].max_length)["input_ids"]
+    plain, results = copy.deepcopy(start).double(), []
+    alone = [plain(torch.tensor([ids])).last_hidden_state.mean(1) for ids in lists]
+    expected = all_gradients(plain, torch.cat(alone), len(rows))
+    for backend in bench.backends:
+        model = make_model(bench.sizes.checked, backend, dropout=0.0).to(bench.device)
+        for half in (False, True) if backend != FLASH else (True,):
+            encoder, flat = Encoder(model, tokenizer()), torch.tensor([i for ids in lists for i in ids], device=bench.device)
+            with torch.autocast(bench.device, torch.bfloat16, enabled=half):
+                vectors = encoder(flat, [*map(len, lists)], chunk_tokens=len(flat) // 2)["embeddings"].float()
+            found = all_gradients(model, vectors, len(rows))
+            distance, largest = ((found - expected).norm() / expected.norm()).item(), 0.1 if half else 1e-4
+            name = f"gradients = reference, {texts}, {backend}, {'bfloat16' if half else 'float32'}"
+            figures = {"relative distance": distance, "packed": encoder.numbering is not None}
+            results.append(judged("exact", name, distance <= largest, figures, f"at most {largest:g} from float64 on the CPU"))
+    return results
+
+
+def gradient_checks(bench: Bench) -> Tasks:
+    """Check the gradients for short and for long texts, which have other kernels."""
+    return {f"gradients, {texts}": partial(gradient_check, bench, texts) for texts in LENGTHS}
+
+
 # ---- the kernels of attention ----
 
 HEADS, WIDTH, TOKENS = 12, 64, 16384  # BERT-base
+
+
+def dropout_check(bench: Bench, dtype: torch.dtype, length: int) -> list[Result]:
+    """Check that attention within texts drops the same weights in both passes, and others in each head and each text.
+
+    The output is linear in the values. So the product of the output with any factors equals that of the values with their
+    gradient, if the backward pass has the masks of the forward pass. The other check is that heads and texts with equal states
+    have different outputs.
+    """
+    texts = 8
+    query, key, value = (torch.randn(length, 1, WIDTH).repeat(texts, HEADS, 1).to(bench.device, dtype) for _ in range(3))
+    rows = [states.requires_grad_().transpose(0, 1).unsqueeze(0) for states in (query, key, value)]
+    bounds = torch.arange(0, texts * length + 1, length, device=bench.device, dtype=torch.int32)
+    name = f"dropout of {texts} texts of {length} tokens, {str(dtype).removeprefix('torch.')}"
+    try:
+        out = attend_by_text(nn.Module().train(), *rows, None, 0.1, text_bounds=bounds, longest_text=length)[0].squeeze(0)
+    except CannotPack as error:
+        return [Result("exact", name, "skipped", note=f"{error} is not possible, so texts are padded")]
+    factors = torch.randn_like(out)
+    (gradient,) = torch.autograd.grad(out, value, factors)
+    expected, found = ((one.double() * other.double()).sum() for one, other in ((out, factors), (value, gradient)))
+    figures = {
+        "difference of the products": ((found - expected).abs() / (out.double() * factors.double()).norm()).item(),
+        "equal heads": sum(torch.equal(out[:, 0], out[:, head]) for head in range(1, HEADS)),
+        "equal texts": sum(torch.equal(out[:length], part) for part in out.split(length)[1:]),
+    }
+    passed = figures["difference of the products"] <= 0.03 and figures["equal heads"] == figures["equal texts"] == 0
+    return [judged("exact", name, passed, figures, "a difference <= 0.03 of the norm of the terms, and nothing equal")]
+
+
+def dropout_checks(bench: Bench) -> Tasks:
+    """Check the dropout of attention within texts, for the kernels of short and of long texts."""
+    cases = [(dtype, length) for dtype in (torch.bfloat16, torch.float32) for length in (16, 128)]
+    return {f"dropout, {dtype}, {length} tokens": partial(dropout_check, bench, dtype, length) for dtype, length in cases}
 
 
 def attention_times(bench: Bench, length: int) -> list[Result]:
@@ -208,10 +284,12 @@ VARIANTS: dict[str, tuple[dict[str, Any], list[tuple[Any, str, Any]]]] = {
     "chunks of 8,192 tokens": ({"chunk_tokens": 8192}, []),
     "gradient caching": ({"gradient_caching": True}, []),
     "texts padded": ({}, [(packing, "PACKED_ATTENTION", [])]),
-    "flash attention for short texts too": ({}, [(packed_attention, "FLASH_TOKENS", 0)]),
-    "memory-efficient attention for long texts too": ({}, [(packed_attention, "FLASH_TOKENS", 10**6)]),
+    "texts padded, with cuDNN": ({}, [(packing, "PACKED_ATTENTION", []), (packed_attention, "CUDNN", True)]),
     "size of a row a multiple of 512": ({}, [(packing, "MULTIPLE", 512)]),
 }
+if EFFICIENT_DROPOUT:  # otherwise, flash attention is used for all texts
+    VARIANTS["flash attention for short texts too"] = ({}, [(packed_attention, "FLASH_TOKENS", 0)])
+    VARIANTS["memory-efficient attention for long texts too"] = ({}, [(packed_attention, "FLASH_TOKENS", 10**6)])
 
 
 @contextlib.contextmanager

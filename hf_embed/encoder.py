@@ -43,7 +43,7 @@ from hf_embed.files.disk import disk_errors
 from hf_embed.forward.activations import Activations, ChunkEncoder
 from hf_embed.forward.check import check_kernel, measure
 from hf_embed.forward.chunking import default_chunk_tokens, encode_in_chunks
-from hf_embed.forward.packed_attention import CannotPack
+from hf_embed.forward.packed_attention import CannotDrop, CannotPack
 from hf_embed.forward.packing import Numbering, Packable, Packing, place_of, precision, ways_to_pack
 from hf_embed.pooling import POOLINGS, Dense, states_to_pool
 from hf_embed.tempscale.attention import applied_tempscale, apply_stated
@@ -275,8 +275,9 @@ class Encoder(WithSettings):
         except CannotPack as error:  # the check packs short rows, and a model may build a mask only for long ones
             if packed:
                 raise
-            logger.warning(f"{type(self.base).__name__}: {error} is not possible; from now on, texts are padded")
-            self.packable = None
+            if not isinstance(error, CannotDrop):
+                logger.warning(f"{type(self.base).__name__}: {error} is not possible; from now on, texts are padded")
+                self.packable = None
             return {"embeddings": encode()}
 
     @property

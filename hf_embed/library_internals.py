@@ -203,6 +203,13 @@ def flash_attention(
     return attend(query, key, value, bounds, bounds, longest, longest, dropout, False, False, scale=scale)[0]
 
 
+# Whether `efficient_attention` can have dropout. Before PyTorch 2.14, its forward pass takes 0 for the largest number of keys
+# of a text (https://github.com/pytorch/pytorch/issues/115590), and the kernels compute from this number where the random
+# numbers of a head and text begin. So all heads and texts lose the same weights, and the backward pass, which takes the right
+# number, drops others.
+EFFICIENT_DROPOUT = torch.__version__ >= "2.14"
+
+
 def efficient_attention(
     query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, dropout: float, scale: float | None
 ) -> Tensor:

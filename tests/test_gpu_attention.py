@@ -16,7 +16,15 @@ from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, 
 from hf_embed.errors import InputError
 from hf_embed.forward import packed_attention
 from hf_embed.forward.chunking import default_chunk_tokens
-from hf_embed.forward.packed_attention import FLASH_TOKENS, PADDED, CannotPack, attend_by_text, attend_on_gpu, gpu_kernel
+from hf_embed.forward.packed_attention import (
+    FLASH_TOKENS,
+    PADDED,
+    CannotDrop,
+    CannotPack,
+    attend_by_text,
+    attend_on_gpu,
+    gpu_kernel,
+)
 from hf_embed.forward.packing import from_zero
 from hf_embed.kit.inference import EncodingArguments, load_for_encoding, process_state
 from hf_embed.library_internals import attention_backend
@@ -84,8 +92,32 @@ def test_an_older_gpu_has_no_flash_attention(long, recent, monkeypatch):
     """BUG: with bfloat16, a run ended in "cutlassF: no kernel found to launch!". PyTorch has none before Ampere."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     for dtype in (torch.float16, torch.float32):
-        assert gpu_kernel(torch.device("cpu"), dtype, 64, long) is packed_attention.efficient_attention
-    assert gpu_kernel(torch.device("cpu"), torch.bfloat16, 64, long) is None
+        assert gpu_kernel(torch.device("cpu"), dtype, 64, long, False) is packed_attention.efficient_attention
+    assert gpu_kernel(torch.device("cpu"), torch.bfloat16, 64, long, False) is None
+
+
+@pytest.mark.parametrize(
+    ("works", "dtype", "width", "expected"),
+    [
+        (True, torch.bfloat16, 64, "efficient"),
+        (True, torch.float32, 64, "efficient"),
+        (False, torch.bfloat16, 64, "flash"),
+        (False, torch.float16, 200, None),
+        (False, torch.float32, 64, None),
+    ],
+)
+def test_dropout_needs_a_kernel_that_has_it(works, dtype, width, expected, recent, monkeypatch):
+    """BUG: short texts had dropout of kernels that, before PyTorch 2.14, drop other weights in the backward pass."""
+    for name in ("flash", "efficient"):
+        monkeypatch.setattr(packed_attention, f"{name}_attention", lambda *_, name=name: name)
+    monkeypatch.setattr(packed_attention, "EFFICIENT_DROPOUT", works)
+    query = states(SHORT, width=width, dtype=dtype)
+    given = query, query, query, bounds_of(SHORT), max(SHORT), 0.1, None
+    if expected is None:
+        with pytest.raises(CannotDrop, match=f"{dtype} with heads of {width} numbers in a packed row"):
+            attend_on_gpu(*given)
+    else:
+        assert attend_on_gpu(*given) == expected
 
 
 @pytest.mark.parametrize(("dtype", "width"), [(torch.float64, 64), (torch.float32, 12)])
@@ -93,6 +125,26 @@ def test_without_a_kernel_the_texts_are_padded(dtype, width):
     query = states(LONG, width=width, dtype=dtype)
     with pytest.raises(CannotPack, match=f"{dtype} with heads of {width} numbers"):
         attend_on_gpu(query, query, query, bounds_of(LONG), max(LONG), 0.0, None)
+
+
+def test_without_a_kernel_with_dropout_only_the_training_pads(monkeypatch):
+    """The check of an encoder trains in float32, where there may be no such kernel, and the training then in bfloat16."""
+    texts, kinds = (torch.arange(5, 13), [4, 3, 1]), []
+    alone = Encoder(tiny_model(attn_implementation="eager"), small_tokenizer())
+    embed = Encoder.embed
+    monkeypatch.setattr(Encoder, "embed", lambda *args, **more: kinds.append(len(args) > 3) or embed(*args, **more))
+
+    def no_dropout(shape, p):
+        raise CannotDrop("dropout")
+
+    monkeypatch.setattr(packed_attention, "draw_mask", no_dropout)
+    encoder = Encoder(tiny_model(), small_tokenizer())
+    assert encoder.numbering is from_zero
+    kinds.clear()
+    encoder.train()(*texts)
+    assert kinds == [True, False]
+    assert_close(encoder.eval()(*texts), alone(*texts))
+    assert encoder.numbering is from_zero
 
 
 def test_under_autocast_the_states_are_cast(recent, monkeypatch):
@@ -118,13 +170,13 @@ def test_the_arguments_mean_what_they_mean_on_a_cpu(lengths, heads, scale, recen
     assert_close(got, expected[0])
 
 
-@pytest.mark.parametrize("lengths", [SHORT, LONG])
-def test_pytorch_has_the_kernels_with_a_backward_pass(lengths, recent, monkeypatch):
+@pytest.mark.parametrize(("lengths", "dropout"), [(SHORT, 0.0), (LONG, 0.1)])
+def test_pytorch_has_the_kernels_with_a_backward_pass(lengths, dropout, recent, monkeypatch):
     """On the device "meta", which has shapes only, a renamed kernel or another order of arguments raises an error."""
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # which does not know "meta"
     query = states(lengths, dtype=torch.bfloat16, device="meta")
     row = query.transpose(0, 1).unsqueeze(0)
-    options = {"text_bounds": bounds_of(lengths, "meta"), "longest_text": max(lengths), "dropout": 0.1}
+    options = {"text_bounds": bounds_of(lengths, "meta"), "longest_text": max(lengths), "dropout": dropout}
     out, _ = attend_by_text(torch.nn.Module(), row, row, row, None, **options)
     assert out.shape == (1, sum(lengths), 4, 16) and out.dtype == torch.bfloat16
     out.sum().backward()
@@ -322,6 +374,25 @@ def test_a_folder_is_compared_exactly(tmp_path, monkeypatch, all_products):
 # ---- settings that differ on a GPU ----
 
 
+@pytest.mark.parametrize("caching", [False, True])
+@pytest.mark.parametrize("allowed", [True, False])
+def test_chunks_have_no_attention_of_cudnn(caching, allowed, monkeypatch):
+    """BUG: on an H200, padded chunks waited for cuDNN, which prepares its kernels anew for each shape of a chunk."""
+    seen, embed, encoder = [], Encoder.embed, Encoder(tiny_model(), small_tokenizer())
+    of_cuda = torch.backends.cuda
+    monkeypatch.setattr(Encoder, "embed", lambda *args: seen.append(of_cuda.cudnn_sdp_enabled()) or embed(*args))
+    before = of_cuda.cudnn_sdp_enabled()
+    of_cuda.enable_cudnn_sdp(allowed)
+    # `torch.utils.checkpoint`, which a GPU uses
+    monkeypatch.setattr("hf_embed.forward.activations.has_gradient_hook", lambda tensor: True)
+    try:
+        encoder(torch.arange(5, 13), [4, 3, 1], chunk_tokens=4, gradient_caching=caching)["embeddings"].sum().backward()
+        assert of_cuda.cudnn_sdp_enabled() is allowed
+    finally:
+        of_cuda.enable_cudnn_sdp(before)
+    assert seen == (4 if caching else 2) * [False]
+
+
 def test_chunks_are_larger_where_all_activations_are_kept():
     assert [default_chunk_tokens(torch.device("cuda"), kept) for kept in (True, False)] == [65536, 16384]
     assert [default_chunk_tokens(torch.device("cpu"), kept) for kept in (True, False)] == [2048, 2048]
@@ -417,6 +488,25 @@ def test_the_kernels_attend_within_texts(lengths, dtype, tolerance):
         found.append([part.detach().double().cpu() for part in (out, query.grad, key.grad, value.grad)])
     for got, expected in zip(*found):
         assert (got - expected).norm() <= tolerance * expected.norm()
+
+
+@on_a_gpu
+@pytest.mark.parametrize("length", [9, 70])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_kernels_drop_the_same_weights_in_both_passes(length, dtype):
+    """The output is linear in the values, so both products below are equal if the gradient has the masks of the output.
+
+    Texts and heads with equal states have different outputs if each has a mask of its own.
+    """
+    if dtype == torch.float32 and not packed_attention.EFFICIENT_DROPOUT:
+        pytest.skip("PyTorch has no such kernel with dropout")
+    query, key, value = (states([length], 1, dtype=dtype, device="cuda").detach().roll(i).repeat(3, 4, 1) for i in range(3))
+    out = attend_on_gpu(query, key, value.requires_grad_(), bounds_of(3 * [length], "cuda"), length, 0.1, None)
+    factors = torch.randn_like(out)
+    (gradient,) = torch.autograd.grad(out, value, factors)
+    products = [(one.double() * other.double()).sum() for one, other in ((out, factors), (value, gradient))]
+    assert abs(products[0] - products[1]) <= 3e-2 * (out.double() * factors.double()).norm()
+    assert not any(torch.equal(out[:length, 0], out.view(3, length, 4, -1)[text, :, head]) for text, head in [(0, 1), (1, 0)])
 
 
 @on_a_gpu

@@ -37,7 +37,7 @@ def test_all_checks_that_apply_pass(tmp_path):
     assert all(set(result) == {"part", "name", "status", "figures", "note"} for result in results)
     assert list(dict.fromkeys(result["part"] for result in results)) == PARTS
     passed = Counter(result["part"] for result in results if result["status"] == "PASS")
-    assert passed == {"forward": 12, "exact": 4, "tempscale": 2, "loss": 1}
+    assert passed == {"forward": 12, "exact": 16, "tempscale": 2, "loss": 1}
     assert {result["status"] for result in results} == {"PASS", "measured", "skipped"}
     assert all(result["note"] for result in results if result["status"] == "skipped")
     figures = {result["name"]: result["figures"] for result in results}

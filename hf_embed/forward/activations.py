@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from transformers.hf_argparser import string_to_bool
 
 from hf_embed.errors import InputError
+from hf_embed.forward.packed_attention import without_cudnn
 from hf_embed.forward.word_table import share_gradient, sharing, word_table
 from hf_embed.library_internals import has_gradient_hook
 
@@ -164,7 +165,7 @@ class ChunkEncoder:
         summed in half precision, and chunks with a graph could take weights that were cast without one.
         """
         try:
-            with sharing(self.gradient, shared):
+            with sharing(self.gradient, shared), without_cudnn():
                 return self.encode(*inputs)
         finally:
             torch.clear_autocast_cache()

@@ -9,7 +9,8 @@ together: a chunk is sorted by length, so these are few groups.
 Shapes: S tokens in all. H heads of d numbers.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from itertools import groupby
 from typing import Any
@@ -21,7 +22,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from hf_embed.forward.dropout import draw_mask
-from hf_embed.library_internals import efficient_attention, flash_attention
+from hf_embed.library_internals import EFFICIENT_DROPOUT, efficient_attention, flash_attention
 
 # What transformers may pass to an attention function beside its known arguments, and what changes nothing there.
 IGNORED_ARGUMENTS = {"position_ids", "output_attentions", "output_hidden_states", "use_cache", "cu_seq_lens_q", "cu_seq_lens_k",
@@ -39,8 +40,15 @@ FLASH_TOKENS = 64
 FLASH_WIDTH = 192
 
 
+CUDNN = False  # whether padded texts may have the attention of cuDNN; see `without_cudnn`
+
+
 class CannotPack(NotImplementedError):
     """The attention of a model needs something that a packed row does not have."""
+
+
+class CannotDrop(CannotPack):
+    """There is a kernel for a packed row, but none with dropout, so the texts are padded in training only."""
 
 
 def attend_by_text(
@@ -102,6 +110,24 @@ PADDED = AttentionInterface()["sdpa"]
 AttentionInterface.register("sdpa", attend_by_text)
 
 
+@contextlib.contextmanager
+def without_cudnn() -> Iterator[None]:
+    """Let PyTorch's attention for padded texts use other kernels than those of cuDNN inside a `with` block.
+
+    On some GPUs (H100, H200, B200), PyTorch prefers cuDNN in half precision. It prepares its kernels for each new number of
+    texts and of tokens, which takes longer than a chunk, and nearly every chunk is new. And with a mask, its gradients can be
+    NaN for some numbers of tokens (https://github.com/pytorch/pytorch/issues/196678).
+    """
+    if CUDNN or torch.compiler.is_compiling() or not torch.backends.cuda.cudnn_sdp_enabled():
+        yield
+        return
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+
+
 def attend_on_gpu(
     query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, dropout: float, scale: float | None
 ) -> Tensor:
@@ -111,20 +137,23 @@ def attend_on_gpu(
 
     Raises:
         CannotPack: if there is no kernel for the precision or for d.
+        CannotDrop: if there is one, but without dropout.
     """
     if torch.is_autocast_enabled(query.device.type):  # as PyTorch's function for padded texts does
         query, key, value = (states.to(torch.get_autocast_dtype(query.device.type)) for states in (query, key, value))
     long = len(query) > FLASH_TOKENS * (len(bounds) - 1)
-    kernel = gpu_kernel(query.device, query.dtype, query.shape[2], long)
+    kernel = gpu_kernel(query.device, query.dtype, query.shape[2], long, dropout > 0)
     if kernel is None:
-        raise CannotPack(f"attention in {query.dtype} with heads of {query.shape[2]} numbers in a packed row")
+        plain = gpu_kernel(query.device, query.dtype, query.shape[2], long, False)
+        kind = CannotPack if plain is None else CannotDrop
+        raise kind(f"attention in {query.dtype} with heads of {query.shape[2]} numbers in a packed row")
     if query.shape[1] != key.shape[1]:
         key, value = (states.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for states in (key, value))
     return kernel(query, key, value, bounds, longest, dropout, scale)
 
 
 @lru_cache
-def gpu_kernel(device: torch.device, dtype: torch.dtype, width: int, long: bool) -> Callable[..., Tensor] | None:
+def gpu_kernel(device: torch.device, dtype: torch.dtype, width: int, long: bool, drops: bool) -> Callable[..., Tensor] | None:
     """Return the kernel that attends within the texts of a packed row; None: there is none.
 
     Args:
@@ -132,12 +161,16 @@ def gpu_kernel(device: torch.device, dtype: torch.dtype, width: int, long: bool)
         dtype: the precision of the states.
         width: d, the numbers of a head.
         long: whether a text has more than `FLASH_TOKENS` tokens on average.
+        drops: whether there is dropout.
     """
     if dtype not in (torch.float32, torch.float16, torch.bfloat16) or width % 8:
         return None
-    if torch.cuda.get_device_capability(device) < (8, 0):  # such as a T4, which computes bfloat16 without kernels for it
-        return None if dtype == torch.bfloat16 else efficient_attention
-    return flash_attention if long and dtype != torch.float32 and width <= FLASH_WIDTH else efficient_attention
+    recent = torch.cuda.get_device_capability(device) >= (8, 0)  # unlike a T4, which computes bfloat16 without kernels for it
+    flash = recent and dtype != torch.float32 and width <= FLASH_WIDTH
+    efficient = (recent or dtype != torch.bfloat16) and (EFFICIENT_DROPOUT or not drops)
+    if flash and (long or not efficient):
+        return flash_attention
+    return efficient_attention if efficient else None
 
 
 def groups_of(lengths: tuple[int, ...]) -> list[tuple[int, int]]:

@@ -119,7 +119,7 @@ class Watch(TrainerCallback):
 
     def see(self, loss: Tensor, rows: Tensor, text_ids: Tensor) -> None:
         """Store the values that the next log needs: a loss, embeddings (B, V, D) and text hashes (B, V)."""
-        self.last = rows.detach()[:ROWS], text_ids[:ROWS]
+        self.last = rows.detach()[:ROWS].clone(), text_ids[:ROWS]  # a slice alone would keep all rows in memory
         finite = loss.detach().isfinite()
         self.finite = finite if self.finite is None else self.finite & finite
 
