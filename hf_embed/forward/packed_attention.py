@@ -39,7 +39,6 @@ FLASH_TOKENS = 64
 # cards (compute capability 8.6, 8.9 and 12), that of larger heads ends in an error.
 FLASH_WIDTH = 192
 
-
 CUDNN = False  # whether padded texts may have the attention of cuDNN; see `without_cudnn`
 
 
