@@ -76,8 +76,8 @@ def check_adapters(model: PreTrainedModel) -> None:
 def check_kinds(model: PreTrainedModel) -> None:
     """Raise InputError for adapters that are not weights, and for adapters of several kinds.
 
-    Prompts, prefixes and gates that depend on the text are not weights. A model with adapters of several kinds does not give
-    access to the model inside it.
+    Prompts, prefixes and gates that depend on the text are not weights. Layers that share their weights cannot hold different
+    adapters. A model with adapters of several kinds does not give access to the model inside it.
     """
     if type(model).__name__ == "PeftMixedModel":
         raise InputError("PeftMixedModel is not supported; use adapters of one kind: get_peft_model without mixed=True")
@@ -85,6 +85,8 @@ def check_kinds(model: PreTrainedModel) -> None:
     for config in configs:
         if config.is_prompt_learning or config.is_adaption_prompt or config.peft_type == "XLORA":
             raise unmergeable(model)
+        if config.to_dict().get("layer_replication"):
+            raise unmergeable(model, ": layer_replication uses the weights of a layer several times, with other adapters")
 
 
 def unmergeable(model: PreTrainedModel, reason: str = "") -> InputError:

@@ -45,6 +45,13 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def root_line(error: BaseException) -> str:
+    """Return the first line of the error that caused `error`. The clients of URLs state only there why a file is not found."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return first_line(error)
+
+
 def in_short(error: BaseException | str) -> str:
     """Return all lines of an error, or of its message, as one line of at most 200 characters, without secrets.
 

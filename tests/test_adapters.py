@@ -196,6 +196,16 @@ def test_what_peft_cannot_merge_is_refused_before_the_training(tmp_path):
         assert "the kind LORA cannot be merged" in error_of(trainer, tmp_path, put(config))
 
 
+def test_adapters_of_replicated_layers_are_refused(tmp_path):
+    """BUG: a saved adapter of this kind was merged into the layers that share weights, and its vectors were wrong."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    tiny_encoder().save_pretrained(base)
+    model = wrapped(LoraConfig(target_modules=["query"], layer_replication=[[0, 2], [1, 2]]), AutoModel.from_pretrained(base))
+    model.save_pretrained(adapter)
+    for function, words in ((trainer, (tmp_path / "out", model)), (Encoder.from_pretrained, (str(adapter),))):
+        assert "cannot be merged into the model's weights: layer_replication" in error_of(function, *words)
+
+
 def test_quantised_bases_are_refused(tmp_path):
     model = added(CONFIGS["lora"])
     model.is_quantized = True  # bitsandbytes sets this attribute

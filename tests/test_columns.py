@@ -195,6 +195,8 @@ def test_the_printed_flag_works(found, paired, given, tmp_path):
 
 def test_a_lone_column_is_no_pair():
     assert "a pair needs two columns of texts" in error_of(text_columns, ["text", "id"], "a.csv", True)
+    message = error_of(text_columns, ["source", "target"], "a.csv", True)  # BUG: it did not say what to do
+    assert "if 'target' holds texts, give --columns anchor=source positive=target (or columns:" in message
 
 
 def test_a_label_beside_unknown_columns_is_mentioned():

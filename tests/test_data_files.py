@@ -689,6 +689,14 @@ def test_addresses_are_read_by_their_path(monkeypatch):
         text_files.DOWNLOADED.clear()
 
 
+@pytest.mark.parametrize("reader", [read_file, read_sts])
+def test_the_message_about_an_address_says_why_it_cannot_be_read(reader, monkeypatch):
+    """BUG: the reason was the address again, or "[Errno %s not found. The URL contains glob characters"."""
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    message = error_of(reader, "http://127.0.0.1:1/a.csv?version=1")
+    assert message.startswith("http://127.0.0.1:1/a.csv: cannot be read as csv: ") and "Connect call failed" in message
+
+
 # ---- numbers where texts belong, in mining ----
 
 

@@ -406,11 +406,6 @@ def with_wider_layer():
     return model
 
 
-def with_replicated_layers():
-    config = LoraConfig(target_modules=["query"], layer_replication=[[0, 2], [1, 3]])
-    return get_peft_model(tiny_model("bert"), config)
-
-
 @pytest.mark.parametrize(
     "make, problem",
     [
@@ -418,7 +413,6 @@ def with_replicated_layers():
         (with_another_layer, "its configuration is of a model without 'projection.weight'"),
         (with_wider_layer, "a model with another shape of 'encoder.layer.0.intermediate.dense.weight'"),
         (with_shared_layer, "layers share weights that its class keeps apart"),
-        (with_replicated_layers, "layers share weights that its class keeps apart"),
     ],
 )
 def test_layers_that_were_changed_in_python_are_refused_before_the_training(tmp_path, make, problem):

@@ -182,9 +182,10 @@ def mend(names: list[str], paired: bool | None) -> str:
     if paired is False:
         return f"name the column with {flag((texts or ['COLUMN'])[0])}; recognized names are text and sentence"
     accepted = f"recognized columns are {ACCEPTED if paired is None else ACCEPTED.removeprefix('text; ')}"
-    if len(texts) < 2:
-        return f"a pair needs two columns of texts; train on single texts with unsup-simcse; {accepted}"
     judging = held.get(JUDGMENT)
+    if len(texts) < 2:  # the name of the other column may be that of texts, too, such as target or paraphrase
+        perhaps = f"if '{judging[0]}' holds texts, give {flag(texts[0], judging[0])}; " if texts and judging else ""
+        return f"a pair needs two columns of texts; {perhaps}train on single texts with unsup-simcse; {accepted}"
     beside = f"; keep only the pairs that '{judging[0]}' marks as a match; the others are not positives" if judging else ""
     anchor = (anchors or others or positives)[0]
     positive = next(column for column in (*positives, *others, *anchors) if column != anchor)

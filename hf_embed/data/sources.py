@@ -21,7 +21,7 @@ from hf_embed.data import text_files
 from hf_embed.data.cache import cached_map, checked_load
 from hf_embed.data.columns import FEW_VALUES, column_names, text_columns
 from hf_embed.data.known_columns import plain
-from hf_embed.errors import EmptyTextError, InputError, first_line, masked, shortened
+from hf_embed.errors import EmptyTextError, InputError, first_line, masked, root_line, shortened
 from hf_embed.files.disk import DiskError
 from hf_embed.files.read_files import check_file, kind_of
 from hf_embed.hub_access import check_dataset
@@ -103,7 +103,7 @@ def read_parquet(paths: list[str], streaming: bool) -> Dataset | IterableDataset
     except InputError:
         raise
     except Exception as error:  # Arrow, datasets and the URL clients raise many kinds of errors
-        raise text_files.unreadable(paths[0], first_line(error.__cause__ or error)) from error
+        raise text_files.unreadable(paths[0], root_line(error)) from error
 
 
 def check_parquet(path: str) -> None:

@@ -33,7 +33,7 @@ from datasets.arrow_writer import ArrowWriter
 
 from hf_embed.data.cache import check_cache, stored, versions
 from hf_embed.data.known_columns import is_negative
-from hf_embed.errors import InputError, first_line, masked, shortened
+from hf_embed.errors import InputError, masked, root_line, shortened
 from hf_embed.files.read_files import LFS_POINTER, NOT_FETCHED, is_packed, kind_of, other_kind, parse_json
 from hf_embed.files.safe_files import hash_of
 
@@ -79,7 +79,7 @@ def download(address: str) -> None:
     try:
         DOWNLOADED[address] = datasets.DownloadManager().download(address)
     except Exception as error:  # each client raises its own kinds of errors
-        raise unreadable(address, first_line(error)) from error
+        raise unreadable(address, root_line(error)) from error
 
 
 @contextlib.contextmanager
@@ -118,7 +118,7 @@ def lines(path: str) -> Iterator[tuple[int, str]]:
     except InputError:
         raise
     except Exception as error:  # file systems, decompression and URL clients raise many kinds of errors
-        raise unreadable(path, first_line(error)) from error
+        raise unreadable(path, root_line(error)) from error
 
 
 # ---- csv and tsv ----
