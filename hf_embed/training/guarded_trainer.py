@@ -69,18 +69,17 @@ class GuardedTrainer(CheckpointTrainer):
         self.stop_requests = StopRequests()
         self.step_memory = StepMemory([], torch.device("cpu"))
         self.activations = Activations()
-        self.losses = FiniteLosses()
+        self.finite_losses = FiniteLosses()
         self.rows_trained = 0  # rows of all ranks in this training, from the step where it began or was resumed
-        self.source_losses: dict[int, list[Tensor]] = {}  # the losses of each source since the last log
         clear_accelerator_state()  # as making the arguments does, which other trainers may have followed
         super().__init__(*args, **kwargs)
         self.made_with, self.made_of, self.tokenized_with = self._read_once(), self._parts(), self._for_tokens()
         parts = ((self.optimizer, OF_OPTIMIZER), (self.lr_scheduler, OF_SCHEDULE))
         # The classes of the optimizer and the schedule that the user gave, and the settings that they replace.
-        self.given = {type(part).__name__: settings for part, settings in parts if part is not None}
+        self.replaced_settings = {type(part).__name__: settings for part, settings in parts if part is not None}
         self.accelerate_state = accelerate_state()
-        self.begun: set[str] = set()  # the weights that required a gradient when the training began
-        self.optimizer_of: dict[str, Any] | None = None  # what the optimizer was made for, if Trainer has made it
+        self.trainable_at_start: set[str] = set()  # the weights that required a gradient when the training began
+        self.optimizer_made_for: dict[str, Any] | None = None  # what the optimizer was made for, if Trainer has made it
         self.check_skipping()
         self.check_caching()
         self.add_callback(self.stop_requests)
@@ -140,7 +139,7 @@ class GuardedTrainer(CheckpointTrainer):
                 "the training, and call train again"
             )
         weights = {} if self.sharded else dict(self.step.named_parameters())
-        late = [name for name, weight in weights.items() if weight.requires_grad and name not in self.begun]
+        late = [name for name, weight in weights.items() if weight.requires_grad and name not in self.trainable_at_start]
         held = {weight for group in cast(Any, self.optimizer).param_groups for weight in group["params"]}
         if late and (self.args.world_size > 1 or not held.issuperset(weights[name] for name in late)):
             raise InputError(
@@ -172,7 +171,7 @@ class GuardedTrainer(CheckpointTrainer):
                 belongs to another optimizer.
         """
         prepared = super()._prepare_for_training(*args, **named)
-        self.begun = {name for name, weight in self.step.named_parameters() if weight.requires_grad}
+        self.trainable_at_start = {name for name, weight in self.step.named_parameters() if weight.requires_grad}
         if not self.sharded:
             self.encoder.check_changed()  # `Trainer` has moved a model of `model_init` to its device
             if not made_schedule(self):
@@ -194,10 +193,10 @@ class GuardedTrainer(CheckpointTrainer):
         now = {name: getattr(self.args, name) for name in OF_OPTIMIZER}
         now["weights"] = [name for name, parameter in self.step.named_parameters() if parameter.requires_grad]
         lowered = isinstance(self.lr_scheduler, ReduceLROnPlateau | GreedyLR)  # such a schedule changes the rates themselves
-        if self.optimizer_of is not None and (lowered or self.optimizer_of != now):
+        if self.optimizer_made_for is not None and (lowered or self.optimizer_made_for != now):
             self.optimizer = None
-        if self.optimizer_of is not None or self.optimizer is None:
-            self.optimizer_of = now
+        if self.optimizer_made_for is not None or self.optimizer is None:
+            self.optimizer_made_for = now
 
     def hyperparameter_search(self, hp_space: Any = None, compute_objective: Any = None, *args: Any, **named: Any) -> Any:
         """Search as `Trainer.hyperparameter_search` does.
@@ -253,7 +252,7 @@ class GuardedTrainer(CheckpointTrainer):
         """
         set_accelerate_state(self.accelerate_state)  # other arguments or trainers may have emptied or replaced it
         folder, self.stopping, self.activations = Path(str(self.args.output_dir)), False, Activations()
-        self.rows_trained, self.losses, self.source_losses, self.saves_later = 0, FiniteLosses(), {}, False
+        self.rows_trained, self.finite_losses, self.saves_later = 0, FiniteLosses(), False
         # Trainer would read the loss of each micro-batch, for which the host waits for the GPU, to log another in place of a
         # NaN or infinite one. `FiniteLosses` leaves these out.
         filtered, self.args.logging_nan_inf_filter = self.args.logging_nan_inf_filter, False
@@ -305,11 +304,12 @@ class GuardedTrainer(CheckpointTrainer):
         resumed training, it also says from which step it counts.
         """
         if "loss" in logs:
-            logs["loss"] *= self.losses.factor(self.accelerator)
+            logs["loss"] *= self.finite_losses.factor(self.accelerator)
         if ends_training(logs):
             steps, seconds = self.state.global_step - self.watch.first_step, max(logs["train_runtime"], 1e-4)
             losses = gather_objects(total_loss(self))  # since the last log, Trainer has added up this rank's losses only
-            logs["train_loss"] = self.losses.factor(self.accelerator, of_all=True) * sum(losses) / len(losses) / max(steps, 1)
+            factor = self.finite_losses.factor(self.accelerator, of_all=True)
+            logs["train_loss"] = factor * sum(losses) / len(losses) / max(steps, 1)
             logs["train_samples_per_second"] = round(self.rows_trained / seconds, 3)
             logs["train_steps_per_second"] = round(steps / seconds, 3)
             if self.watch.first_step:
@@ -385,7 +385,7 @@ class GuardedTrainer(CheckpointTrainer):
         """Return the loss of a micro-batch for the log: 0 in place of a NaN or infinite one, if the run goes on after it."""
         if not goes_on_after_nan(self.args):
             return loss
-        return self.losses.take(loss, 1 / self.current_gradient_accumulation_steps)
+        return self.finite_losses.take(loss, 1 / self.current_gradient_accumulation_steps)
 
     def _use_less_memory(self, error: torch.OutOfMemoryError) -> None:
         """Recompute all chunks, halve `chunk_tokens`, and warn. Raise the error about full memory if this cannot help."""

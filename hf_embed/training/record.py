@@ -72,7 +72,7 @@ def training_results(trainer: "ContrastiveTrainer") -> Results:
     weights the model has. If there is neither, they come from the last evaluation, and `train` holds the step of that
     evaluation (`scored_step`).
     """
-    results: Results = {"card": trainer.named} if trainer.named else {}
+    results: Results = {"card": trainer.card_facts} if trainer.card_facts else {}
     if not trainer.describes_itself:
         return results
     trained = trainer.state.global_step > 0
@@ -80,8 +80,8 @@ def training_results(trainer: "ContrastiveTrainer") -> Results:
     if scores:
         # The log of this process also has the entries from before the training, and that of the run those of a resumed run.
         logged = [*trainer.state.log_history, *trainer.watch.history] if trained else []
-        before = metrics_of(entry for entry in logged if entry.get("step") == 0 and entry not in trainer.left_out)
-        results |= {"before": summary(before, trainer.scored), "after": summary(scores, trainer.scored)}
+        before = metrics_of(entry for entry in logged if entry.get("step") == 0 and entry not in trainer.unrecorded)
+        results |= {"before": summary(before, trainer.scored_tasks), "after": summary(scores, trainer.scored_tasks)}
     if trained:
         results["train"] = about_training(trainer, scores)
         if scores and step is not None:
@@ -97,13 +97,13 @@ def note_scores(trainer: "ContrastiveTrainer", tasks: Mapping[str, Task]) -> Non
     """
     own = trainer.eval_dataset or {}
     if others := [name for name, task in tasks.items() if name in own and not same_rows(task, own[name])]:
-        trainer.left_out.append(trainer.state.log_history[-1])
+        trainer.unrecorded.append(trainer.state.log_history[-1])
         logger.warning(
             f"evaluate: '{others[0]}' is the name of the trainer's own evaluation set, so the scores of these other rows "
             'are not in the model card; give them another name, for example {"test": rows}'
         )
     else:
-        trainer.scored |= tasks
+        trainer.scored_tasks |= tasks
 
 
 def same_rows(one: Task, other: Task) -> bool:
@@ -118,7 +118,7 @@ def last_scores(trainer: "ContrastiveTrainer") -> tuple[dict[str, float], float 
 
     The step is None if the metrics belong to the current model. Otherwise they are those of the last evaluation.
     """
-    history = [entry for entry in trainer.state.log_history if entry not in trainer.left_out]
+    history = [entry for entry in trainer.state.log_history if entry not in trainer.unrecorded]
     ends = [i for i, entry in enumerate(history) if ends_training(entry)]
     behind = history[ends[-1] + 1 :] if ends else []
     step = step_of_weights(trainer)
@@ -156,14 +156,14 @@ def about_training(trainer: "ContrastiveTrainer", scores: Mapping[str, float]) -
     args, state, encoder = trainer.args, trainer.state, trainer.encoder
     end = next((entry for entry in reversed(state.log_history) if ends_training(entry)), {})
     name = encoder.config.name_or_path
-    score = score_of(args, trainer.eval_dataset or trainer.scored, scores)
+    score = score_of(args, trainer.eval_dataset or trainer.scored_tasks, scores)
     evaluations = [entry for entry in state.log_history if any(key.startswith("eval_") for key in entry)]
     chosen = args.load_best_model_at_end and state.best_model_checkpoint is not None and len(evaluations) > 1
     settings = changed_settings([args], isinstance(trainer.train_dataset, Mixture))
-    replaced = {name for names in trainer.given.values() for name in names}
+    replaced = {name for names in trainer.replaced_settings.values() for name in names}
     settings = {name: value for name, value in settings.items() if name not in replaced}
-    if trainer.given:
-        settings["optimizers"] = ", ".join(trainer.given)
+    if trainer.replaced_settings:
+        settings["optimizers"] = ", ".join(trainer.replaced_settings)
     return {
         "model": publishable(name or "") or type(encoder.base).__name__, "data": trainer.origin.name,
         "base_model": on_the_hub(name), "datasets": trainer.origin.datasets,
