@@ -163,7 +163,7 @@ class ContrastiveTrainer(GuardedTrainer):
             model=self.step if model_init is None else None,
             model_init=model_init,
             args=args,
-            data_collator=RaggedCollator(training.views, args.same_dropout_mask, training.vectors),
+            data_collator=RaggedCollator(training.texts_per_row, args.same_dropout_mask, training.vectors),
             train_dataset=tokens,
             eval_dataset=tasks or None,
             processing_class=self.encoder.tokenizer,

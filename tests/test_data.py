@@ -347,7 +347,7 @@ def test_collator_puts_every_text_into_its_slot():
         {"input_ids": [[7], [8, 9]], "text_ids": [40, 50]},
         {"input_ids": [[11, 12]], "text_ids": [60]},  # a single text is its own positive
     ]
-    batch = RaggedCollator(views=[4])(rows)
+    batch = RaggedCollator(texts_per_row=[4])(rows)
     texts = [t.tolist() for t in batch["input_ids"].split(batch["lengths"])]
     grid = dict(zip(batch["slots"].tolist(), texts))
     assert grid == {0: [1, 2], 1: [3], 2: [4, 5, 6], 4: [7], 5: [8, 9], 8: [11, 12], 9: [11, 12]}

@@ -216,7 +216,9 @@ class Mixture(torch.utils.data.Dataset):
         self.objectives = [source.own_objective for source in sources]  # None: the objective of the trainer
         self.tables, self.sizes = tables, [len(table) for table in tables]
         self.streams = frozenset(i for i, table in enumerate(tables) if isinstance(table, Stream))
-        self.views = [table.views if isinstance(table, Stream) else max(2, most_texts(table)) for table in tables]
+        self.texts_per_row = [
+            table.texts_per_row if isinstance(table, Stream) else max(2, most_texts(table)) for table in tables
+        ]
         logs = [math.log(source.weight) + alpha * math.log(size) for source, size in zip(sources, self.sizes)]
         self.probabilities = torch.tensor(logs, dtype=torch.float64).softmax(0).tolist()
 

@@ -41,7 +41,7 @@ class Stream:
         self.size = source.size or 0  # `Source` guarantees that the size is set
         self.read = 0  # the number of rows that have been read from `endless`
         self.endless: Iterator[tuple[list[str], list[str]]] | None = None
-        self.views = 2 + (len(self.columns[2:]) if source.negatives is None else source.negatives)
+        self.texts_per_row = 2 + (len(self.columns[2:]) if source.negatives is None else source.negatives)
         first = list(islice(source.rows, FIRST_ROWS))
         lists = any(isinstance(row.get(column), list) for row in first for column in self.columns[2:])
         if lists and source.negatives is None:
@@ -143,4 +143,4 @@ class Stream:
             raise InputError(
                 f"{where} has {len(made)} positives, but a row of this stream may have {most}; remove streaming: true"
             )
-        return [(texts[: self.views], others) for texts, others in made]
+        return [(texts[: self.texts_per_row], others) for texts, others in made]

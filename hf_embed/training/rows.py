@@ -50,7 +50,7 @@ class TrainingRows(NamedTuple):
     """The training rows, ready for the trainer. Lists have an entry for each source."""
 
     tokens: Dataset | Mixture | None  # the tokenized rows; None: the trainer only evaluates
-    views: list[int]  # the largest number of texts in a row
+    texts_per_row: list[int]  # the largest number of texts in a row
     objectives: list[Objective]
     vectors: dict[str, TeacherVectors]  # a teacher's vectors; see `RaggedCollator`
 
@@ -79,10 +79,10 @@ def read_training_rows(
             tokens = make_mixture(rows, step.encoder, args, objective)
     tables: list[Dataset | Stream]
     if isinstance(tokens, Mixture):
-        tables, views, labels = tokens.tables, tokens.views, tokens.labels
+        tables, texts_per_row, labels = tokens.tables, tokens.texts_per_row, tokens.labels
         objectives = [own or objective for own in tokens.objectives]
     else:
-        tables, views, labels, objectives = [tokens], [max(2, most_texts(tokens))], [name], [objective]
+        tables, texts_per_row, labels, objectives = [tokens], [max(2, most_texts(tokens))], [name], [objective]
         if len(tokens) < args.world_size:
             raise InputError(
                 f"{name}: {len(tokens)} rows for {args.world_size} processes; give at least one row for each process"
@@ -92,14 +92,14 @@ def read_training_rows(
             f"{name}: same_dropout_mask requires rows of a single text, because this text is both views; remove "
             "same_dropout_mask"
         )
-    check_objectives(objective, objectives, list(zip(tables, views, labels)), step.encoder.full_dimension)
+    check_objectives(objective, objectives, list(zip(tables, texts_per_row, labels)), step.encoder.full_dimension)
     check_training(args, step.encoder, len(batch_sampler(tokens, args, args.train_batch_size)), name)
     tables, vectors = with_teacher(tables, objectives, args, step.encoder.full_dimension)
     if isinstance(tokens, Mixture):
         tokens.tables = tables
     else:
         tokens = cast(Dataset, tables[0])
-    return TrainingRows(tokens, views, objectives, vectors)
+    return TrainingRows(tokens, texts_per_row, objectives, vectors)
 
 
 def check_objectives(
@@ -118,7 +118,7 @@ def check_objectives(
     """
     for own, (table, texts, label) in zip(objectives, sources):
         if "scores" not in own.needs:  # then it is enough if one of the sources with this objective has negatives, say
-            texts = max(views for other, (_, views, _) in zip(objectives, sources) if other is own)
+            texts = max(most for other, (_, most, _) in zip(objectives, sources) if other is own)
         check_objective(own, table, texts, label)
         own.check_width(width)
         if own is not main and (own.learn_temperature or own.mlm_weight or main.learn_temperature):
