@@ -106,7 +106,7 @@ class TrainingStep(nn.Module):
             A dict with "embeddings" (N, D), not normalized. With `mlm` it also has "mlm", the summed cross-entropy of the
             masked tokens. With a learned temperature it also has "temperature", a scalar of at least `MIN_TEMPERATURE`.
         """
-        outputs = self.encoder(input_ids, lengths, chunk_tokens, gradient_caching, self.sharded, trained=self)
+        outputs = self.encoder(input_ids, lengths, chunk_tokens, gradient_caching, self.sharded, embedder=self)
         if self.log_temperature is not None:
             # The gradient is not blocked at the limit, so a temperature below the limit can still rise again.
             below = (math.log(MIN_TEMPERATURE) - self.log_temperature.detach()).clamp(min=0)
@@ -357,7 +357,7 @@ def add_own_parameters(optimizer: torch.optim.Optimizer | None, scheduler: objec
     held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     if held.isdisjoint(step.parameters()):
         raise InputError("optimizers: the optimizer has none of the model's parameters; create it for the model that you train")
-    for what, parameters in own_parameters_without(optimizer, step).items():
+    for what, parameters in own_parameters_missing_in(optimizer, step).items():
         if scheduler is not None:
             raise InputError(
                 f"optimizers: the scheduler was created before the {what} and cannot set its learning rate; give only the "
@@ -366,7 +366,7 @@ def add_own_parameters(optimizer: torch.optim.Optimizer | None, scheduler: objec
         optimizer.add_param_group({"params": parameters, **({"weight_decay": 0.0} if what == TEMPERATURE else {})})
 
 
-def own_parameters_without(optimizer: torch.optim.Optimizer, step: TrainingStep) -> dict[str, list[nn.Parameter]]:
+def own_parameters_missing_in(optimizer: torch.optim.Optimizer, step: TrainingStep) -> dict[str, list[nn.Parameter]]:
     """Return the parameters that the trainer created and that the optimizer does not hold, by their name in messages."""
     held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     head = [] if step.train_head is None else list(step.train_head.parameters())

@@ -85,7 +85,7 @@ def vectors_through(
     return vectors_through(load, batches, torch.device("cpu"))
 
 
-def verify_alike(full: Encoder, encoder: Encoder) -> None:
+def verify_full_copy(full: Encoder, encoder: Encoder) -> None:
     """Check that a copy in float32 of an encoder in 4 bits gives its vectors, as closely as their devices compute.
 
     Raises:
@@ -153,7 +153,7 @@ def verify_loadable(encoder: Encoder) -> None:
     This check runs before training, so that a long run does not end with a model that cannot be loaded.
 
     Raises:
-        InputError: as `load_saved_tokenizer`, `verify_layers` and `check_buffers` do.
+        InputError: as `load_and_check_tokenizer`, `verify_layers` and `check_buffers` do.
     """
     base = encoder.base
     if is_remote(base) and base.dtype == torch.float32:
@@ -161,11 +161,11 @@ def verify_loadable(encoder: Encoder) -> None:
     with tempfile.TemporaryDirectory() as folder, silent_libraries():
         own_config(encoder.base).save_pretrained(folder)
         encoder.tokenizer.save_pretrained(folder)
-        load_saved_tokenizer(encoder, folder)
+        load_and_check_tokenizer(encoder, folder)
         verify_layers(encoder, AutoConfig.from_pretrained(folder, trust_remote_code=encoder.remote_code))
 
 
-def load_saved_tokenizer(encoder: Encoder, folder: str) -> PreTrainedTokenizerBase:
+def load_and_check_tokenizer(encoder: Encoder, folder: str) -> PreTrainedTokenizerBase:
     """Return the tokenizer in `folder`, to which `encoder` was saved. Check that the same model and tokenizer are loaded.
 
     AutoModel and AutoTokenizer choose a class by the configuration, whatever class was saved.

@@ -38,7 +38,7 @@ from hf_embed.library_internals import (
     train_batch_size,
 )
 from hf_embed.ranks import PeerWatch, peers_in_one_line, writing_alone
-from hf_embed.step import own_parameters_without
+from hf_embed.step import own_parameters_missing_in
 from hf_embed.training.checkpoint_trainer import CheckpointTrainer
 from hf_embed.training.inputs import check_schedule_of, refuse_uncalled
 from hf_embed.training.record import ends_training
@@ -176,7 +176,7 @@ class GuardedTrainer(CheckpointTrainer):
             self.encoder.check_changed()  # `Trainer` has moved a model of `model_init` to its device
             if not made_schedule(self):
                 check_schedule_of(self.optimizer, self.lr_scheduler)
-            for what in own_parameters_without(cast(Any, self.optimizer), self.step):
+            for what in own_parameters_missing_in(cast(Any, self.optimizer), self.step):
                 raise InputError(
                     f"create_optimizer leaves out the {what}, which would not be trained; give the optimizer all parameters of "
                     "self.model"
