@@ -12,7 +12,7 @@ import logging
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow.parquet
 from datasets import Dataset, DatasetDict, IterableDataset, Value
@@ -280,10 +280,18 @@ def row_texts(row: dict, columns: list[str], where: str) -> list[str]:
     return texts
 
 
-def rows_by_positive(row: dict, columns: list[str], where: str) -> list[tuple[list[str], list[str]]]:
-    """Return a pair (texts as in `row_texts`, other positives) for each positive of a row.
+class RowTexts(NamedTuple):
+    """The texts of a row with one of its positives."""
 
-        {"query": "q", "pos": ["a", "b"], "neg": ["c"]} -> [(["q", "a", "c"], ["b"]), (["q", "b", "c"], ["a"])]
+    texts: list[str]  # anchor, positive, negatives; or a single text
+    others: list[str]  # the other positives of the row
+
+
+def rows_by_positive(row: dict, columns: list[str], where: str) -> list[RowTexts]:
+    """Return the texts of a row once for each of its positives.
+
+        {"query": "q", "pos": ["a", "b"], "neg": ["c"]}
+        -> [RowTexts(["q", "a", "c"], others=["b"]), RowTexts(["q", "b", "c"], others=["a"])]
 
     Raises:
         EmptyTextError: if the list of positives is empty, or a text is missing or empty.
@@ -291,15 +299,15 @@ def rows_by_positive(row: dict, columns: list[str], where: str) -> list[tuple[li
     """
     positives = row.get(columns[1]) if len(columns) > 1 else None
     if not isinstance(positives, list):
-        return [(row_texts(row, columns, where), [])]
+        return [RowTexts(row_texts(row, columns, where), [])]
     if not positives:
         raise EmptyTextError(f"{where}, column '{columns[1]}': there is no positive; add one or delete the row")
     texts = [row_texts(row | {columns[1]: positive}, columns, where) for positive in positives]
     different = {own[1]: own for own in texts}  # the same positive may be listed twice
-    return [(own, [other for other in different if other != positive]) for positive, own in different.items()]
+    return [RowTexts(own, [other for other in different if other != positive]) for positive, own in different.items()]
 
 
-def kept_rows(row: dict, columns: list[str], where: str, drop: bool) -> list[tuple[list[str], list[str]]]:
+def kept_rows(row: dict, columns: list[str], where: str, drop: bool) -> list[RowTexts]:
     """Return what `rows_by_positive` returns, or nothing for a row with an empty text if such rows are dropped."""
     try:
         return rows_by_positive(row, columns, where)
@@ -326,7 +334,7 @@ def plain_rows(rows: Dataset, columns: list[str], name: str) -> Iterator[dict]:
 def texts_of(rows: Dataset, columns: list[str], name: str) -> Iterator[list[str]]:
     """Yield the texts of a table's rows, as `rows_by_positive` returns them. Raise InputError if a text is empty or wrong."""
     for number, row in enumerate(plain_rows(rows, columns, name), 1):
-        yield from (texts for texts, _ in rows_by_positive(row, columns, f"{name}, row {number}"))
+        yield from (made.texts for made in rows_by_positive(row, columns, f"{name}, row {number}"))
 
 
 def check_first_texts(rows: Iterable[dict], columns: list[str], name: str) -> None:

@@ -7,6 +7,9 @@ With ' for the transpose, W and b the weight and bias of the query projection, a
 This also holds with rotary position embeddings, because a rotation of the queries commutes with the division. If a norm follows
 the projection, its weight is divided instead.
 
+`fold_tempscale` changes a model in memory. Saving an encoder writes what `folded` returns, and leaves the model as it is. Both
+check first whether the weights can hold the temperature (`check_foldable`).
+
 Shapes: a weight is (out, in) or, of a norm, (out,); a bias is (out,). `out` is the width of a submodule's output.
 """
 

@@ -52,8 +52,8 @@ def first_rows(table: Dataset | Stream) -> list[dict[str, Any]]:
     """Return the first rows, tokenized. Reading them from a streaming dataset does not remove them from the training."""
     if isinstance(table, Dataset):
         return table.__getitems__(list(range(min(SHOWN_ROWS, len(table)))))
-    found = [table.texts(row) or [] for row in islice(table.rows, SHOWN_ROWS)]  # a row with several positives becomes several
-    columns = table.tokenizer([texts for rows in found for texts, _ in rows][:SHOWN_ROWS])
+    rows = [made for row in islice(table.rows, SHOWN_ROWS) for made in table.by_positive(row)]
+    columns = table.tokenizer([row.texts for row in rows[:SHOWN_ROWS]])
     return [dict(zip(columns, row)) for row in zip(*columns.values())]
 
 
