@@ -234,20 +234,9 @@ class ContrastiveTrainer(GuardedTrainer):
         if mlm is not None:
             masked = gather_rows((mlm[1] != -100).sum().view(1)).sum().clamp(min=1)
             loss = loss + self.main_objective.mlm_weight * outputs["mlm"] * args.world_size / masked
-        if model.training:
+        if model.training:  # for the next log; see `GuardedTrainer.log`
             self.watch.see(loss, rows, text_ids, inputs["source"], outputs.get("temperature"))
         return (loss, {"embeddings": vectors}) if return_outputs else loss
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the loss of each source, the learned temperature and the statistics of `watch` to a training log."""
-        if "loss" in logs:  # on every rank, because `mean_losses` is a collective
-            for source, loss in self.watch.mean_losses(self.accelerator).items():
-                logs[f"loss_{cast(Mixture, self.train_dataset).names[source]}"] = round(loss, 4)
-            if self.watch.temperature is not None:
-                logs["temperature"] = self.watch.temperature.item()
-            if self.is_world_process_zero():
-                logs |= self.watch.numbers()
-        super().log(logs, start_time)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Return the names that Trainer returns, without the learned temperature, which gets no weight decay."""
@@ -332,7 +321,7 @@ class ContrastiveTrainer(GuardedTrainer):
             return
         folder = str(output_dir or args.output_dir)
         final = step_of(folder) is None and not Path(folder).name.startswith(ASIDE)
-        results = training_results(self) if final else {}
+        results: dict[str, Any] | None = training_results(self) if final else {}
         if not results and not self.drops_results:
             results = None  # keep the scores that are in the folder; {} would remove them
         encoder_tensors = None if state_dict is None else strip_prefix(state_dict, "encoder.")

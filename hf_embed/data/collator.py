@@ -4,6 +4,7 @@ The collator does not pad. Each chunk of the batch is padded later, when the who
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from hf_embed.data.teacher_vectors import TeacherVectors
 
 
+@dataclass(eq=False)
 class RaggedCollator:
     """A collator that concatenates the token ids of the texts of B rows.
 
@@ -46,13 +48,9 @@ class RaggedCollator:
         vectors: files of a teacher's vectors by argument name. The column `vectors` of a row holds the numbers of its texts.
     """
 
-    def __init__(
-        self,
-        texts_per_row: list[int],
-        same_dropout_mask: bool = False,
-        vectors: Mapping[str, TeacherVectors] | None = None,
-    ):
-        self.texts_per_row, self.same_dropout_mask, self.vectors = texts_per_row, same_dropout_mask, vectors or {}
+    texts_per_row: list[int]
+    same_dropout_mask: bool = False
+    vectors: Mapping[str, TeacherVectors] | None = None
 
     def __call__(self, rows: list[dict]) -> dict[str, Any]:
         """Return a batch with the entries of the example above, and "source", the index of the source of all rows."""
@@ -95,7 +93,7 @@ class RaggedCollator:
         if "vectors" in rows[0]:
             numbers = [row["vectors"] * (2 if len(row["vectors"]) == 1 else 1) for row in rows]
             present = torch.tensor([[place < len(row) for place in range(width)] for row in numbers])  # (B, V)
-            for name, vectors in self.vectors.items():
+            for name, vectors in (self.vectors or {}).items():
                 own = torch.from_numpy(vectors[[number for row in numbers for number in row]])
                 found[name] = own.new_zeros(len(rows), width, own.shape[1]).masked_scatter(present.unsqueeze(2), own)
         return found

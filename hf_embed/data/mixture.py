@@ -200,6 +200,11 @@ def has_several_positives(table: Dataset | Stream) -> bool:
     return table.several if isinstance(table, Stream) else "other_ids" in table.column_names
 
 
+def row_width(table: Dataset | Stream) -> int:
+    """Return the number of texts in the largest tokenized row. A single text counts as two: it is its own positive."""
+    return table.texts_per_row if isinstance(table, Stream) else max(2, most_texts(table))
+
+
 def data_seed(args: "ContrastiveTrainingArguments") -> int:
     """Return the seed for the order of the rows."""
     return args.seed if args.data_seed is None else args.data_seed
@@ -216,9 +221,7 @@ class Mixture(torch.utils.data.Dataset):
         self.objectives = [source.own_objective for source in sources]  # None: the objective of the trainer
         self.tables, self.sizes = tables, [len(table) for table in tables]
         self.streams = frozenset(i for i, table in enumerate(tables) if isinstance(table, Stream))
-        self.texts_per_row = [
-            table.texts_per_row if isinstance(table, Stream) else max(2, most_texts(table)) for table in tables
-        ]
+        self.texts_per_row = list(map(row_width, tables))
         logs = [math.log(source.weight) + alpha * math.log(size) for source, size in zip(sources, self.sizes)]
         self.probabilities = torch.tensor(logs, dtype=torch.float64).softmax(0).tolist()
 

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator
-from itertools import chain, islice
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import pyarrow
@@ -100,32 +100,29 @@ class Stream:
         turn = 0
         while True:
             kept = dropped = 0
-            # iter() would give a worker process only a part of the rows. Here each worker skips the rows of other workers.
-            batches = self.one_pass(turn).iter(batch_size=256)
-            while (rows := self.next_rows(batches)) is not None:
-                dropped += rows.count([])
-                kept += len(rows) - rows.count([])
-                yield from chain.from_iterable(rows)
+            for made in self.rows_of_pass(turn):
+                kept, dropped = kept + bool(made), dropped + (not made)
+                yield from made
             if dropped and turn == 0:
                 logger.warning(f"{self.label}: {dropped:,} of {kept + dropped:,} rows had an empty text and were dropped")
             if not kept:
                 raise RankError(f"{self.label}: there are no rows for this process; give more rows or files than processes")
             turn += 1
 
-    def next_rows(self, batches: Iterator[dict]) -> list[list[RowTexts]] | None:
-        """Return what `by_positive` returns for each row of the next batch, or None after the last batch."""
+    def rows_of_pass(self, turn: int) -> Iterator[list[RowTexts]]:
+        """Yield what `by_positive` returns for each row of a pass. The rows are checked 256 at a time."""
         try:
-            batch = next(batches, None)
-            if batch is None:
-                return None
-            late = negative_columns([column for column in batch if column not in self.columns])
-            if late and self.negatives != 0:
-                raise InputError(
-                    f"{self.label}: column {late[0]} begins after the first rows; give it in each row, maybe as null, or set "
-                    "negatives: 0 to use none"
-                )
-            rows = range(max(map(len, batch.values())))
-            return [self.by_positive({name: batch[name][i] for name in self.columns if name in batch}) for i in rows]
+            # iter() would give a worker process only a part of the rows. Here each worker skips the rows of other workers.
+            for batch in self.one_pass(turn).iter(batch_size=256):
+                late = negative_columns([column for column in batch if column not in self.columns])
+                if late and self.negatives != 0:
+                    raise InputError(
+                        f"{self.label}: column {late[0]} begins after the first rows; give it in each row, maybe as null, or "
+                        "set negatives: 0 to use none"
+                    )
+                numbers = range(max(map(len, batch.values())))
+                rows = [{name: batch[name][i] for name in self.columns if name in batch} for i in numbers]
+                yield from [self.by_positive(row) for row in rows]
         except InputError as error:
             raise RankError(str(error)) from error
         except Exception as error:  # the readers and the file systems below them raise many kinds of errors

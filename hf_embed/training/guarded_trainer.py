@@ -19,6 +19,7 @@ from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from hf_embed.arguments import READ_ONCE, ContrastiveTrainingArguments
+from hf_embed.data.mixture import Mixture
 from hf_embed.distributed import gather_objects
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError, RankError, listed
@@ -73,7 +74,7 @@ class GuardedTrainer(CheckpointTrainer):
         self.rows_trained = 0  # rows of all ranks in this training, from the step where it began or was resumed
         clear_accelerator_state()  # as making the arguments does, which other trainers may have followed
         super().__init__(*args, **kwargs)
-        self.made_with, self.made_of, self.tokenized_with = self._read_once(), self._parts(), self._for_tokens()
+        self.settings_when_made, self.parts_when_made = self._settings_read_once(), self._fixed_parts()
         parts = ((self.optimizer, OF_OPTIMIZER), (self.lr_scheduler, OF_SCHEDULE))
         # The classes of the optimizer and the schedule that the user gave, and the settings that they replace.
         self.replaced_settings = {type(part).__name__: settings for part, settings in parts if part is not None}
@@ -94,31 +95,29 @@ class GuardedTrainer(CheckpointTrainer):
 
     # ---- what may not change after the trainer was made ----
 
-    def _read_once(self) -> dict[str, Any]:
+    def _settings_read_once(self) -> dict[str, Any]:
         """Return the settings that are read only when a trainer is made."""
         return {name: copy.deepcopy(getattr(self.args, name)) for name in READ_ONCE}
 
-    def _parts(self) -> dict[str, Any]:
-        """Return the attributes that cannot be replaced, because others were made from them."""
-        return {name: getattr(self, name) for name in ("train_dataset", "data_collator", "main_objective")}
-
-    def _for_tokens(self) -> dict[str, Any]:
-        """Return the settings of the encoder with which the rows are tokenized, once, when the trainer is made."""
-        return {"encoder.max_length": self.encoder.max_length, "encoder.prompts": dict(self.encoder.prompts)}
+    def _fixed_parts(self) -> dict[str, Any]:
+        """Return what cannot be changed: other parts were made from it, or the rows were tokenized with it."""
+        parts = {name: getattr(self, name) for name in ("train_dataset", "data_collator", "main_objective")}
+        return parts | {"encoder.max_length": self.encoder.max_length, "encoder.prompts": dict(self.encoder.prompts)}
 
     def check_read(self) -> None:
         """Raise InputError if a setting was changed after the trainer was made, and the change would have no effect."""
-        for name, now in self._read_once().items():
-            if now != self.made_with[name]:
+        made = self.settings_when_made
+        for name, now in self._settings_read_once().items():
+            if now != made[name]:
                 raise InputError(
-                    f"{name} was {self.made_with[name]!r} when the trainer was made and is now {now!r}, which would have no "
+                    f"{name} was {made[name]!r} when the trainer was made and is now {now!r}, which would have no "
                     "effect; make a new ContrastiveTrainer with it (hyperparameter_search cannot search it)"
                 )
 
     def _check_parts(self) -> None:
-        """Raise InputError if a part of the trainer, or what the rows were tokenized with, was changed since it was made."""
-        changed = [name for name, part in self._parts().items() if part is not self.made_of[name]]
-        changed += [name for name, value in self._for_tokens().items() if value != self.tokenized_with[name]]
+        """Raise InputError if a fixed part of the trainer, or its model, was changed since the trainer was made."""
+        made = self.parts_when_made
+        changed = [name for name, part in self._fixed_parts().items() if part is not made[name] and part != made[name]]
         if self.model_init is None and not self.sharded and self.model is not self.step:
             changed.append("model")
         if changed:
@@ -298,13 +297,20 @@ class GuardedTrainer(CheckpointTrainer):
         return trained._replace(training_loss=trained.metrics.get("train_loss", trained.training_loss))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as `Trainer` does, but let losses be means of the finite ones. Every rank must call this.
+        """Log as `Trainer` does, but with means of the finite losses, and with more numbers. Every rank must call this.
 
-        The last entry counts the steps of this call only, and the rows that they had, because a batch may not be full. For a
-        resumed training, it also says from which step it counts.
+        A training log also has the loss of each source, the learned temperature and the statistics of the watch. The last entry
+        counts the steps of this call only, and the rows that they had, because a batch may not be full. For a resumed training,
+        it also says from which step it counts.
         """
         if "loss" in logs:
             logs["loss"] *= self.finite_losses.factor(self.accelerator)
+            for source, loss in self.watch.mean_losses(self.accelerator).items():
+                logs[f"loss_{cast(Mixture, self.train_dataset).names[source]}"] = round(loss, 4)
+            if self.watch.temperature is not None:
+                logs["temperature"] = self.watch.temperature.item()
+            if self.is_world_process_zero():
+                logs |= self.watch.numbers()
         if ends_training(logs):
             steps, seconds = self.state.global_step - self.watch.first_step, max(logs["train_runtime"], 1e-4)
             losses = gather_objects(total_loss(self))  # since the last log, Trainer has added up this rank's losses only

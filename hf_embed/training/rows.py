@@ -14,7 +14,7 @@ from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.data.collator import RaggedCollator
 from hf_embed.data.columns import judging_columns, text_columns
 from hf_embed.data.loader import batch_sampler
-from hf_embed.data.mixture import Mixture, Source, TrainData, has_several_positives, make_mixture, tokenize_source
+from hf_embed.data.mixture import Mixture, Source, TrainData, has_several_positives, make_mixture, row_width, tokenize_source
 from hf_embed.data.python_rows import RowData
 from hf_embed.data.sources import texts_of
 from hf_embed.data.stream import Stream
@@ -79,10 +79,10 @@ def read_training_rows(
             tokens = make_mixture(rows, step.encoder, args, objective)
     tables: list[Dataset | Stream]
     if isinstance(tokens, Mixture):
-        tables, texts_per_row, labels = tokens.tables, tokens.texts_per_row, tokens.labels
+        tables, widths, labels = tokens.tables, tokens.texts_per_row, tokens.labels
         objectives = [own or objective for own in tokens.objectives]
     else:
-        tables, texts_per_row, labels, objectives = [tokens], [max(2, most_texts(tokens))], [name], [objective]
+        tables, widths, labels, objectives = [tokens], [row_width(tokens)], [name], [objective]
         if len(tokens) < args.world_size:
             raise InputError(
                 f"{name}: {len(tokens)} rows for {args.world_size} processes; give at least one row for each process"
@@ -92,14 +92,14 @@ def read_training_rows(
             f"{name}: same_dropout_mask requires rows of a single text, because this text is both views; remove "
             "same_dropout_mask"
         )
-    check_objectives(objective, objectives, list(zip(tables, texts_per_row, labels)), step.encoder.full_dimension)
+    check_objectives(objective, objectives, list(zip(tables, widths, labels)), step.encoder.full_dimension)
     check_training(args, step.encoder, len(batch_sampler(tokens, args, args.train_batch_size)), name)
     tables, vectors = with_teacher(tables, objectives, args, step.encoder.full_dimension)
     if isinstance(tokens, Mixture):
         tokens.tables = tables
     else:
         tokens = cast(Dataset, tables[0])
-    return TrainingRows(tokens, texts_per_row, objectives, vectors)
+    return TrainingRows(tokens, widths, objectives, vectors)
 
 
 def check_objectives(
@@ -244,7 +244,7 @@ def own_tasks(trainer: "GuardedTrainer") -> dict[str, Task]:
 
 def tasks_of(trainer: "GuardedTrainer", sets: EvalSets | None) -> dict[str, Task]:
     """Return evaluation sets by name, as the trainer scores them. Sets that are ready stay as they are."""
-    vectors = cast(RaggedCollator, trainer.data_collator).vectors
+    vectors = cast(RaggedCollator, trainer.data_collator).vectors or {}
     tasks = make_held_out(as_tasks(sets), trainer.step, trainer.args, trainer.main_objective, vectors)
     has_pairs = any(isinstance(task, STS) for task in tasks.values())
     return with_metrics(tasks, trainer.compute_metrics) if has_pairs else tasks
@@ -302,7 +302,7 @@ def make_held_out(
         with args.main_process_first(desc="tokenizing"), hidden_bars(bool(args.disable_tqdm)):
             table = tokenize_rows(stored_rows(task.rows, name), step.encoder, args, objective, name, paired=True)
         check_same_on_ranks(f"{name}: the rows", rows_hash(table))
-        check_objective(objective, table, max(2, most_texts(table)), name)
+        check_objective(objective, table, row_width(table), name)
         (table,), vectors = with_teacher([table], [objective], args, step.encoder.full_dimension, vectors_of_training)
         normalize = step.encoder.normalize
         loss = HeldOutLoss(table, objective, batch_size, step, args.chunk_tokens, vectors=vectors, normalize=normalize)

@@ -93,7 +93,7 @@ def warning_of(history: list[dict], batches_alike: bool = True) -> str | None:
         loss = entry.get("loss", loss)
         geometry = [entry.get(f"{prefix}{key}", math.nan) for key in ("alignment", "uniformity")]
         if math.isfinite(sum(geometry)):
-            points.append(Point(*geometry, loss, entry["step"], entry.get("eval_spearman", math.nan)))
+            points.append(Point(geometry[0], geometry[1], loss, entry["step"], entry.get("eval_spearman", math.nan)))
     if len(points) < 2:
         return None
     start, now, best = points[0], points[-1], min(points, key=lambda point: point.uniformity)
