@@ -115,7 +115,7 @@ class TrainingStep(nn.Module):
             chunk_tokens = chunk_tokens or default_chunk_tokens(input_ids.device)
             losses = encode_in_chunks(
                 ChunkEncoder(partial(self.mlm_losses, *mlm), self, self.encoder.base, self.sharded),
-                torch.arange(len(input_ids), device=input_ids.device),
+                torch.arange(len(input_ids), device=input_ids.device),  # places instead of ids, by which `mlm_losses` looks up
                 lengths,
                 pad_id=0,
                 chunk_tokens=chunk_tokens,
@@ -244,12 +244,7 @@ def make_encoder(
     backbone = model.backbone if isinstance(model, Encoder) else model
     check_adapters(backbone)
     check_one_device(backbone)
-    settings: dict[str, Any] = {
-        "pooling": args.pooling,
-        "max_length": args.max_length,
-        "normalize": args.normalize,
-        "prompts": args.prompts,
-    }
+    settings = {key: getattr(args, key) for key in ("pooling", "max_length", "normalize", "prompts")}
     given = {key: value for key, value in settings.items() if value is not None}
     if tokenizer is None and isinstance(model, Encoder):
         tokenizer = model.tokenizer
@@ -369,10 +364,9 @@ def add_own_parameters(optimizer: torch.optim.Optimizer | None, scheduler: objec
 def own_parameters_missing_in(optimizer: torch.optim.Optimizer, step: TrainingStep) -> dict[str, list[nn.Parameter]]:
     """Return the parameters that the trainer created and that the optimizer does not hold, by their name in messages."""
     held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-    head = [] if step.train_head is None else list(step.train_head.parameters())
-    temperature = [] if step.log_temperature is None else [step.log_temperature]
-    missing = {
-        what: [parameter for parameter in parameters if parameter not in held]
-        for what, parameters in (("training head", head), (TEMPERATURE, temperature))
+    created = {
+        "training head": [] if step.train_head is None else list(step.train_head.parameters()),
+        TEMPERATURE: [] if step.log_temperature is None else [step.log_temperature],
     }
+    missing = {what: [each for each in parameters if each not in held] for what, parameters in created.items()}
     return {what: parameters for what, parameters in missing.items() if parameters}

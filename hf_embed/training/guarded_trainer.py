@@ -388,8 +388,11 @@ class GuardedTrainer(CheckpointTrainer):
                 self._use_less_memory(error)
 
     def _finite(self, loss: Tensor) -> Tensor:
-        """Return the loss of a micro-batch for the log: 0 in place of a NaN or infinite one, if the run goes on after it."""
-        if not goes_on_after_nan(self.args):
+        """Return the loss of a micro-batch for the log: 0 in place of a NaN or infinite one, if the run goes on after it.
+
+        It goes on if it skips such steps, and in fp16, whose gradient scaler skips them.
+        """
+        if self.args.nan_steps != "skip" and not self.args.fp16:
             return loss
         return self.finite_losses.take(loss, 1 / self.current_gradient_accumulation_steps)
 
@@ -430,11 +433,6 @@ class GuardedTrainer(CheckpointTrainer):
         if self.accelerator.mixed_precision != "fp16" or self.args.nan_steps == "skip":
             self.watch.norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # FSDP may leave it distributed
         return norm
-
-
-def goes_on_after_nan(args: ContrastiveTrainingArguments) -> bool:
-    """Return whether a training goes on after a NaN or infinite loss: if it skips these steps, and in fp16."""
-    return args.nan_steps == "skip" or args.fp16
 
 
 class FiniteLosses:

@@ -116,18 +116,24 @@ def same_rows(one: Task, other: Task) -> bool:
 def last_scores(trainer: "ContrastiveTrainer") -> tuple[dict[str, float], float | None]:
     """Return metrics, and the step of the evaluation that they come from.
 
-    The step is None if the metrics belong to the current model. Otherwise they are those of the last evaluation.
+    The step is None if the metrics belong to the current model. Otherwise they are those of the last evaluation. For example,
+    if the training ended at step 200 and then loaded the best checkpoint, that of step 100:
+
+        {"step": 100, "eval_dev_spearman": 70.1}     of the current model
+        {"step": 200, "eval_dev_spearman": 69.0}     of other weights
+        {"step": 200, "train_runtime": 12.0}         the end of the training
+        {"step": 200, "eval_test_spearman": 65.0}    of the current model, as everything after the end
     """
     history = [entry for entry in trainer.state.log_history if entry not in trainer.unrecorded]
     ends = [i for i, entry in enumerate(history) if ends_training(entry)]
-    behind = history[ends[-1] + 1 :] if ends else []
+    after_end = history[ends[-1] + 1 :] if ends else []
     step = step_of_weights(trainer)
-    during = [entry for entry in history if any(key.startswith("eval_") for key in entry)]
-    found = [entry for entry in during if entry.get("step") == step and entry not in behind] + behind
-    if scores := metrics_of(found):
+    evaluations = [entry for entry in history if any(key.startswith("eval_") for key in entry)]
+    of_model = [entry for entry in evaluations if entry.get("step") == step and entry not in after_end] + after_end
+    if scores := metrics_of(of_model):
         return scores, None
-    last = during[-1].get("step") if during else None
-    return metrics_of(entry for entry in during if entry.get("step") == last), last
+    last = evaluations[-1].get("step") if evaluations else None
+    return metrics_of(entry for entry in evaluations if entry.get("step") == last), last
 
 
 def step_of_weights(trainer: "ContrastiveTrainer") -> int | None:
