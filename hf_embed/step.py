@@ -115,7 +115,8 @@ class TrainingStep(nn.Module):
             chunk_tokens = chunk_tokens or default_chunk_tokens(input_ids.device)
             losses = encode_in_chunks(
                 ChunkEncoder(partial(self.mlm_losses, *mlm), self, self.encoder.base, self.sharded),
-                torch.arange(len(input_ids), device=input_ids.device),  # places instead of ids, by which `mlm_losses` looks up
+                # The chunks get the places of their tokens instead of the ids: `mlm_losses` looks up masked ids and labels.
+                torch.arange(len(input_ids), device=input_ids.device),
                 lengths,
                 pad_id=0,
                 chunk_tokens=chunk_tokens,

@@ -226,10 +226,10 @@ class ContrastiveTrainer(GuardedTrainer):
         rows = to_rows(outputs["embeddings"], inputs["slots"], text_ids.shape)  # (B, V, D)
         vectors = F.normalize(rows, dim=-1) if self.encoder.normalize else rows  # what the saved model returns
         first_row = args.process_index * len(rows)
-        given = {"temperature": outputs["temperature"]} if "temperature" in outputs else {}
+        arguments = {"temperature": outputs["temperature"]} if "temperature" in outputs else {}
         objective = self.objectives[inputs["source"]]
-        given |= further_arguments(inputs["further"], objective.needs, gather_rows)
-        loss = objective(vectors, text_ids, gather_rows(vectors), gather_rows(text_ids), first_row, **given)
+        arguments |= further_arguments(inputs["further"], objective.needs, gather_rows)
+        loss = objective(vectors, text_ids, gather_rows(vectors), gather_rows(text_ids), first_row, **arguments)
         # DDP averages gradients over ranks. The factor world_size cancels that, which leaves the mean over all masked tokens.
         if mlm is not None:
             masked = gather_rows((mlm[1] != -100).sum().view(1)).sum().clamp(min=1)

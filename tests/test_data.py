@@ -23,7 +23,7 @@ from hf_embed.data.sampling import GlobalBatchSampler, SourceBatchSampler
 from hf_embed.data.source_files import read_sources
 from hf_embed.data.sources import read_file, row_texts
 from hf_embed.data.tokenization import text_id, truncated_share, warn_of_truncation
-from hf_embed.forward.chunking import move_back, move_tokens, plan_chunks
+from hf_embed.forward.chunking import move_back, move_tokens, pad_chunk, plan_chunks
 from hf_embed.forward.packing import groups_to_pool
 
 
@@ -37,7 +37,16 @@ def written(path, content):
     return str(path)
 
 
-THINGS = [GlobalBatchSampler, RaggedCollator, SourceBatchSampler, groups_to_pool, move_back, move_tokens, plan_chunks]
+THINGS = [
+    GlobalBatchSampler,
+    RaggedCollator,
+    SourceBatchSampler,
+    groups_to_pool,
+    move_back,
+    move_tokens,
+    pad_chunk,
+    plan_chunks,
+]
 
 
 @pytest.mark.parametrize("thing", THINGS)

@@ -59,14 +59,22 @@ def verify_folder(encoder: Encoder, folder: str, weights: dict[str, Tensor], tok
             found, device = vectors_through(load, batches, encoder.device)
             tolerance = HALF_TOLERANCE if half else TOLERANCE if device == encoder.device else OTHER_DEVICE_TOLERANCE
             for vectors, wanted in zip(found, expected):
-                difference = ((vectors - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max().item()
-                if not difference <= tolerance:  # also catches NaN
-                    raise ExportError(
-                        f"not saved: {loader} gives vectors that differ by {difference:.1e} of their norm from those of the "
-                        f"trained model (pooling {encoder.pooling}, {type(encoder.base).__name__}); tolerance {tolerance:.0e}"
-                    )
+                check_vectors(vectors, wanted, tolerance, loader, encoder)
     if encoder.device != torch.device("cpu"):
         gc.collect()  # the model of sentence-transformers refers to itself, so it would stay in the memory of the GPU
+
+
+def check_vectors(found: Tensor, expected: Tensor, tolerance: float, loader: str, encoder: Encoder) -> None:
+    """Raise ExportError if one of the vectors `found`, (N, D), differs by more than `tolerance` of its norm from `expected`.
+
+    `loader` is what the message calls the model that gives `found`. The vectors of `encoder` are expected.
+    """
+    difference = ((found - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item()
+    if not difference <= tolerance:  # also catches NaN
+        raise ExportError(
+            f"not saved: {loader} gives vectors that differ by {difference:.1e} of their norm from those of the trained model "
+            f"(pooling {encoder.pooling}, {type(encoder.base).__name__}); tolerance {tolerance:.0e}"
+        )
 
 
 def vectors_through(
@@ -93,12 +101,7 @@ def verify_full_copy(full: Encoder, encoder: Encoder) -> None:
     """
     for text in TEXTS:
         found, expected = (torch.as_tensor(each.encode([text], convert_to_tensor=True)).cpu() for each in (full, encoder))
-        difference = ((found - expected).norm() / expected.norm()).item()
-        if not difference <= HALF_TOLERANCE:  # also catches NaN
-            raise ExportError(
-                f"not saved: the adapters, merged in float32, give vectors that differ by {difference:.1e} of their norm from "
-                f"those of the trained model in 4 bits ({type(encoder.base).__name__})"
-            )
+        check_vectors(found, expected, HALF_TOLERANCE, "the copy in float32 of the model in 4 bits", encoder)
 
 
 def through_automodel(

@@ -1,5 +1,7 @@
 """Readers that turn files and Hub datasets into rows of text. The rows are checked before any computation starts.
 
+(A `Source`, which is rows with settings of their own, is in `hf_embed.data.mixture`.)
+
 `hf_embed.data.known_columns` lists the columns that rows may have. A cell holds a text. A cell of positives or negatives may
 also hold a list of texts, as in FlagEmbedding's jsonl, and in place of a text a passage, {"title": ..., "text": ...}: it is
 read as its title, a space and its text. A cell of negatives may be null, because a row may have fewer negatives than other

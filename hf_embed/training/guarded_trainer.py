@@ -183,11 +183,10 @@ class GuardedTrainer(CheckpointTrainer):
         return prepared
 
     def _renew_optimizer(self) -> None:
-        """Let Trainer make a new optimizer if the one of an earlier training was made for other settings or other weights.
+        """Let Trainer make a new optimizer if that of an earlier training does not suit the next one.
 
-        The same if a schedule that reads the metric has lowered its learning rates.
-
-        An optimizer that the user gave stays.
+        It was made for other settings or other weights, or a schedule that reads the metric has lowered its learning rates. An
+        optimizer that the user gave stays.
         """
         now = {name: getattr(self.args, name) for name in OF_OPTIMIZER}
         now["weights"] = [name for name, parameter in self.step.named_parameters() if parameter.requires_grad]

@@ -1,4 +1,12 @@
-"""A preview of training rows as the model reads them: with prompts, truncated, and decoded from their token ids."""
+"""A preview of training rows as the model reads them: with prompts, truncated, and decoded from their token ids.
+
+    as the model reads faq.csv: 3,040 rows, 12 of 9,120 texts truncated to 128 tokens
+    row 1  anchor      18 tokens  the otters have come back to the city canal, thanks to clean...
+           positive    21 tokens  less pollution has allowed those sleek mammals to return to ...
+           negative    17 tokens  the otters have left the city canal because the water is so ...  (and 2 more)
+
+`ContrastiveTrainer.preview` returns these lines.
+"""
 
 from itertools import islice
 from typing import Any

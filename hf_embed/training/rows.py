@@ -149,7 +149,7 @@ def tokenize_rows(
     Raises:
         InputError: if anything is wrong with the rows.
     """
-    room_for_text(encoder.tokenizer, ["", *encoder.prompts.values()], encoder.max_length)  # raises InputError if there is none
+    room_for_text(encoder.tokenizer, ["", *encoder.prompts.values()], encoder.max_length)  # an evaluation may use any prompt
     tokens = cast(Dataset, tokenize_source(Source(name, rows), encoder, args, objective, name, paired))
     warn_of_truncation({name: truncated_share(tokens)})
     return tokens
@@ -305,10 +305,9 @@ def make_held_out(
         check_objective(objective, table, row_width(table), name)
         (table,), vectors = with_teacher([table], [objective], args, step.encoder.full_dimension, vectors_of_training)
         normalize = step.encoder.normalize
-        loss = HeldOutLoss(table, objective, batch_size, step, args.chunk_tokens, vectors=vectors, normalize=normalize)
-        made[name] = loss
+        made[name] = HeldOutLoss(table, objective, batch_size, step, args.chunk_tokens, vectors=vectors, normalize=normalize)
         if args.process_index == 0:
-            warn_of_seen(loss.rows, training, name)
+            warn_of_seen(table, training, name)
     return made
 
 

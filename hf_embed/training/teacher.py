@@ -130,7 +130,10 @@ def number_texts(tables: Sequence[Dataset], query: str, document: str) -> tuple[
         document: the prompt before other texts.
 
     Returns:
-        The M texts with their prompts, and for each table the numbers of the texts of each row, from 0 to M - 1.
+        The M texts with their prompts, and for each table the numbers of the texts of each row, from 0 to M - 1. For one table
+        with the rows ["a cat", "a kitten"] and ["a dog", "a cat"], and without prompts:
+
+            ["a cat", "a kitten", "a dog"], [[[0, 1], [2, 0]]]
     """
     known: dict[str, int] = {}
 
