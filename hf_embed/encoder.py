@@ -190,11 +190,7 @@ class Encoder(WithSettings):
 
     @property
     def full_dimension(self) -> int:
-        """D, the width of an embedding in training.
-
-        With hidden states of 768 numbers, a dense layer of 256, and a `truncate_dim` of 64, `width` is 768, `full_dimension`
-        256 and `dimension` 64.
-        """
+        """D, the width of an embedding in training: `width`, that of a hidden state, unless a dense layer changes it."""
         last = self.dense[-1] if len(self.dense) else None
         return last.linear.out_features if isinstance(last, Dense) else self.width
 

@@ -41,7 +41,7 @@ from hf_embed.pooling import POOLINGS
 from hf_embed.tempscale import apply_tempscale
 from hf_embed.text_models import ends_with, with_end_of_text
 from hf_embed.training.mlm import check_mask_token, split_masked_lm
-from hf_embed.training.unused import settle_unused
+from hf_embed.training.unused import freeze_unused
 
 logger = logging.getLogger(__name__)
 
@@ -218,7 +218,7 @@ def make_step(
         apply_tempscale(encoder.backbone, args.temp_scale)
     needs_runtime(encoder, allowed=False)  # raises if TempScale could not be folded: better now than after the training
     verify_loadable(encoder)
-    settle_unused(encoder, args)
+    freeze_unused(encoder, args)
     objective.check_width(encoder.full_dimension)
     warn_of_settings_for_encode(encoder)
     warn_of_last_token(encoder)

@@ -286,10 +286,10 @@ class CheckpointTrainer(HubTrainer):
             stored = read_json(Path(resume_from_checkpoint, TRAINER_STATE_NAME), with_nan=True).get("best_model_checkpoint")
             if stored is not None:  # look for it by its name, because the run's folder may have been moved or copied
                 places = [Path(resume_from_checkpoint).parent / Path(stored).name, Path(stored)]
-                self._settle_best(next((place for place in places if place.is_dir()), places[0]))
+                self._record_best(next((place for place in places if place.is_dir()), places[0]))
         return begun
 
-    def _settle_best(self, best: Path) -> None:
+    def _record_best(self, best: Path) -> None:
         """Record a folder as the best checkpoint so far, or record None if the checkpoint is incomplete."""
         reason = on_main(lambda: whole.damage(best))
         self.state.best_model_checkpoint = str(best)
@@ -304,7 +304,7 @@ class CheckpointTrainer(HubTrainer):
         """
         self.use_final_weights()
         if self.state.best_model_checkpoint is not None:
-            self._settle_best(Path(self.state.best_model_checkpoint))
+            self._record_best(Path(self.state.best_model_checkpoint))
         return super()._finalize_training(trial, num_train_samples, start_time)
 
     def _load_best_model(self) -> None:

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 FROZEN: WeakKeyDictionary[nn.Module, list[str]] = WeakKeyDictionary()
 
 
-def settle_unused(encoder: Encoder, args: TrainingArguments) -> None:
+def freeze_unused(encoder: Encoder, args: TrainingArguments) -> None:
     """Freeze the backbone's parameters that no embedding depends on, or let DDP find those that a batch does not use.
 
     This sets `requires_grad` of parameters and `args.ddp_find_unused_parameters`. Gradients, random states and training modes
