@@ -327,9 +327,9 @@ def read_modules(files: Files) -> list[Module] | None:
     if listed is None:
         return None
     modules = [read_module(files, entry) for entry in listed]
-    for module, entry in zip(modules, listed):
-        if sum(entry.get("name") == other.get("name") for other in listed) > 1:
-            name = entry.get("name")
+    names = [entry.get("name") for entry in listed]
+    for module, name in zip(modules, names):
+        if names.count(name) > 1:
             raise files.refused(f"the module {module.kind} ('{module.path}') with the name '{name}' of another module")
     ordered = [module for module in modules if not isinstance(module, DropoutModule)]
     for module, following in pairwise(ordered):

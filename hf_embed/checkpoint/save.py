@@ -129,10 +129,12 @@ def warn_of_servers(note: str) -> None:
 def renewed(folder: Path, clear: bool = False) -> Iterator[Path]:
     """Yield the folder to which a model, its scores and its card are written. At the end, its content stands in `folder`.
 
-    If `folder` holds a model or does not exist, the yielded folder is a new one, which replaces `folder` at the end. Files of
-    `folder` that belong to no model are in both, as hard links and not as copies. Otherwise, or if `folder` cannot be replaced
-    (`can_be_replaced`), the yielded folder is `folder` itself. No loader accepts it while it has no weights, and `put_in_place`
-    moves the weights there last.
+        `folder` is                                          the yielded folder is
+        absent, or a folder with a model                     a new one, which replaces `folder` at the end
+        a folder without a model, or `can_be_replaced` is    `folder` itself. No loader accepts it while it has no weights,
+        False                                                and `put_in_place` moves the weights there last
+
+    Files of `folder` that belong to no model are also in a new one, as hard links and not as copies.
 
     Args:
         folder: the target. After an exception it is unchanged, unless files were already moved into it.

@@ -6,6 +6,8 @@ n_i rows and weight w_i is drawn with the probability
 
     p_i = w_i n_i^alpha / sum_j w_j n_j^alpha
 
+With alpha = 0.5 and equal weights, a source of 10,000 rows is drawn ten times as often as one of 100 rows.
+
 A YAML file can list the sources (`hf_embed.data.source_files`).
 """
 

@@ -90,7 +90,7 @@ class SimCSE(Objective):
         ids, teacher = batch.all_text_ids, batch.needed.get("teacher")
         labels = torch.arange(batch.own.start, batch.own.stop, device=ids.device)  # (B,) each positive among the candidates
         anchors = F.normalize(batch.embeddings[:, 0], dim=-1)  # (B, D)
-        # Candidates: all positives, then all first negatives, then all second negatives, and so on.
+        # Candidates: all positives, then all first negatives, and so on; with two rows of three texts p0 p1 n0 n1.
         candidates = F.normalize(by_view(batch.all_embeddings[:, 1:]), dim=-1)  # ((V - 1) * N, D)
         candidate_ids = by_view(ids[:, 1:])
         partners = None

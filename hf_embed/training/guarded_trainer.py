@@ -435,9 +435,10 @@ class GuardedTrainer(CheckpointTrainer):
 
 
 class FiniteLosses:
-    """The share of the losses that are finite, by which means over all losses become means over the finite ones.
+    """Turns the mean over all losses into that over the finite ones.
 
-    A micro-batch counts as the part of a step that it is. So the sum of all parts is the number of steps.
+    The losses 2, NaN and 4 reach Trainer as 2, 0 and 4, and their mean is 2. The factor 3 / 2 makes it 3, the mean of 2 and 4.
+    A micro-batch counts as the part of a step that it is.
     """
 
     def __init__(self) -> None:

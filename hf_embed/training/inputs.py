@@ -142,7 +142,7 @@ def as_arguments(args: TrainingArguments | None, tasks: Mapping[str, Task]) -> C
 
 
 def adjusted(args: ContrastiveTrainingArguments) -> ContrastiveTrainingArguments:
-    """Return a copy of the caller's arguments, after changing what Trainer would share with the caller or count wrongly.
+    """Adjust copied arguments, so that Trainer writes nothing into the caller's object and counts rightly. Return them.
 
     Raises:
         InputError: if the settings of accelerate accumulate gradients.
