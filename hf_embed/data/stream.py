@@ -101,7 +101,8 @@ class Stream:
         while True:
             kept = dropped = 0
             for made in self.rows_of_pass(turn):
-                kept, dropped = kept + bool(made), dropped + (not made)
+                kept += bool(made)
+                dropped += not made
                 yield from made
             if dropped and turn == 0:
                 logger.warning(f"{self.label}: {dropped:,} of {kept + dropped:,} rows had an empty text and were dropped")

@@ -140,10 +140,10 @@ def tokenize_table(
         warn_of_judgements(rows, [column for column in rows.column_names if column not in columns], name)
     rows = rows.select_columns(columns + scores)  # cells of other columns may hold values that Python cannot represent
     most_others = most_positives(rows, columns) - 1
-    most_texts = None if negatives is None else 2 + negatives
+    texts_used = None if negatives is None else 2 + negatives
 
     def convert(batch: dict[str, list], numbers: list[int]) -> dict[str, list]:
-        found = list(rows_of_batch(batch, numbers, columns, scores, name, most_texts, drop_empty_rows))
+        found = list(rows_of_batch(batch, numbers, columns, scores, name, texts_used, drop_empty_rows))
         texts = [row.texts for row in found]
         made = tokenizer(texts, [row.others for row in found] if most_others else None, most_others)
         if most_others:
