@@ -190,12 +190,12 @@ def load_and_check_tokenizer(encoder: Encoder, folder: str) -> PreTrainedTokeniz
             ) from error
         if not isinstance(tokenizer, PreTrainedTokenizerBase):  # a processor of texts and something else
             tokenizer = AutoTokenizer.from_pretrained(folder, **trusted)
-        verify_class(encoder.base, config)
+        checked_class(encoder.base, config)
         verify_tokenizer(encoder, tokenizer)
     return tokenizer
 
 
-def verify_class(base: PreTrainedModel, config: PreTrainedConfig) -> type[PreTrainedModel]:
+def checked_class(base: PreTrainedModel, config: PreTrainedConfig) -> type[PreTrainedModel]:
     """Return the class of the model that transformers would make from `config`. Raise InputError unless `base` is one."""
     loader, classes = loading_class(config), loaded_classes(config)
     if not isinstance(base, tuple(classes)) and not getattr(config, "auto_map", None):
@@ -218,7 +218,7 @@ def verify_layers(encoder: Encoder, config: PreTrainedConfig) -> None:
     base = merged_shape(backbone) if has_adapters(backbone) else encoder.base
     weights = base.state_dict()
     with torch.device("meta"), without_flash(backbone):  # no model with flash attention is made on a machine without it
-        made = verify_class(base, config)(copy.deepcopy(config)).state_dict()
+        made = checked_class(base, config)(copy.deepcopy(config)).state_dict()
     # A part that is None, such as a pooler that was left out, may be missing.
     missing = [name for name in made if name not in weights and getattr(base, name.split(".")[0], None) is not None]
     other = [name for name in weights if name not in made or weights[name].shape != made[name].shape]

@@ -52,7 +52,7 @@ def read_file(
         InputError: if a file is missing, empty, of another kind, or has an invalid line.
     """
     paths = [path] if isinstance(path, str) else path
-    kind = check_files(paths)
+    kind = checked_kind(paths)
     if kind != "parquet":
         table = text_files.Table(header, quoting)
         rows = text_files.stream(paths, table) if streaming else text_files.load(paths, table)
@@ -89,7 +89,7 @@ def is_empty(rows: IterableDataset, path: str) -> bool:
 
 def first_cells(path: str) -> list[str] | None:
     """Return the first row of a csv or tsv file, possibly a header, in lower case. Return None for other kinds of files."""
-    if check_files([path]) not in text_files.SEPARATORS:
+    if checked_kind([path]) not in text_files.SEPARATORS:
         return None
     return [cell.lower() for cell in text_files.table_columns(path, text_files.Table())]
 
@@ -134,7 +134,7 @@ def check_alike(paths: list[str]) -> None:
                 )
 
 
-def check_files(paths: list[str]) -> str:
+def checked_kind(paths: list[str]) -> str:
     """Return the kind of the files, which must be the same for all of them.
 
     Raises:

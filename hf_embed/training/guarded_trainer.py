@@ -72,7 +72,7 @@ class GuardedTrainer(CheckpointTrainer):
         self.activations = Activations()
         self.finite_losses = FiniteLosses()
         self.rows_trained = 0  # rows of all ranks in this training, from the step where it began or was resumed
-        clear_accelerator_state()  # as making the arguments does, which other trainers may have followed
+        clear_accelerator_state()  # making `args` has cleared it, but another trainer may have set it again since then
         super().__init__(*args, **kwargs)
         self.settings_when_made, self.parts_when_made = self._settings_read_once(), self._fixed_parts()
         parts = ((self.optimizer, OF_OPTIMIZER), (self.lr_scheduler, OF_SCHEDULE))
@@ -116,7 +116,7 @@ class GuardedTrainer(CheckpointTrainer):
 
     def _check_parts(self) -> None:
         """Raise InputError if a fixed part of the trainer, or its model, was changed since the trainer was made."""
-        made = self.parts_when_made
+        made = self.parts_when_made  # objects are compared by identity, numbers and texts by value
         changed = [name for name, part in self._fixed_parts().items() if part is not made[name] and part != made[name]]
         if self.model_init is None and not self.sharded and self.model is not self.step:
             changed.append("model")
