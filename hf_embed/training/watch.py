@@ -123,12 +123,13 @@ class Watch(TrainerCallback):
         self.temperature: Tensor | None = None  # the learned temperature at the last step
         self.source_losses: dict[int, list[Tensor]] = {}  # with many sources: the losses of each one since the last log
         self.skipped = 0  # skipped steps since the last log
-
-        # True while all losses since the last check were finite. A tensor, because reading it makes the step wait for the GPU.
-        self.finite: Tensor | None = None
+        # What the warning depends on.
         self.history: list[dict] = []  # the log entries of a training, including those from before its first step
-        self.warned = False  # whether the one warning was given. True from the start: no warning is given
         self.batches_alike = batches_alike  # False with many sources, because each batch is from one of them
+        self.warned = False  # whether the one warning was given. True from the start: no warning is given
+        # What the checks for NaN and infinity depend on. `finite` is True while all losses since the last check were finite. It
+        # is a tensor, because reading it makes the step wait for the GPU.
+        self.finite: Tensor | None = None
         self.norm: Tensor | float | None = None  # gradient norm of this step, the same on every rank; None: do not check it
         self.skipped_in_a_row = 0
         self.first_step = 0  # the step from which this training was resumed; 0 if it was not resumed
