@@ -1,7 +1,15 @@
 """A Trainer that writes checkpoints atomically, and that checks a checkpoint before it resumes from it.
 
 A checkpoint is either complete or absent. `hf_embed.checkpoint.whole` seals and checks checkpoints.
-`hf_embed.training.resume` compares the run that wrote a checkpoint with the current run.
+`hf_embed.training.resume` compares the run that wrote a checkpoint with the current run. A checkpoint has
+
+    model.safetensors, config.json, tokenizer.json ...    a model that every loader accepts
+    training.safetensors                                  what exists only in training, if there is anything
+    optimizer.pt, scheduler.pt, rng_state.pth             the states with which a resumed run goes on
+    trainer_state.json                                    the log, the best checkpoint so far, the states of callbacks
+    manifest.json                                         size and hash of each of these files, and facts about the run
+
+The names of some files differ with FSDP and DeepSpeed.
 """
 
 import contextlib
