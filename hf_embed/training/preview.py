@@ -29,8 +29,8 @@ def preview(
     rows: Dataset | Mixture,
     encoder: Encoder,
     name: str,
-    same_dropout_mask: bool = False,
-    objective: Objective | None = None,
+    same_dropout_mask: bool,
+    objective: Objective,
 ) -> list[str]:
     """Return lines that describe the training rows, and that show the texts of two rows.
 
@@ -40,16 +40,15 @@ def preview(
         rows: the tokenized training rows.
         encoder: its tokenizer decodes the token ids.
         name: the name of the rows.
-        same_dropout_mask: whether both views of a single text have the same dropout mask.
-        objective: the objective of the first source, if a single text may have no positive (one that learns vectors).
+        same_dropout_mask: whether a single text and its copy, the positive, have the same dropout mask.
+        objective: the objective of these rows. If it learns vectors, a single text has no positive.
     """
     table = rows.tables[0] if isinstance(rows, Mixture) else rows
     shown = first_rows(table)
     lines = [heading(rows, table, encoder, name)]
     for number, row in enumerate(shown, 1):
-        lines += [f"{f'row {number}' if i == 0 else '':5}  {line}" for i, line in enumerate(row_lines(row, encoder))]
-    learns_vectors = objective is not None and "target" in objective.needs
-    if not learns_vectors and any(len(row["input_ids"]) == 1 for row in shown):
+        lines += row_lines(row, encoder, f"row {number}")
+    if "target" not in objective.needs and any(len(row["input_ids"]) == 1 for row in shown):
         masks = "under one dropout mask" if same_dropout_mask else "under two dropout masks"
         masks = masks if any(dropout_rates(encoder.backbone).values()) else "with the same vector: the model has no dropout"
         lines.append(f"{'':5}  the positive is the same text, {masks}")
@@ -80,10 +79,10 @@ def heading(rows: Dataset | Mixture, table: Dataset | Stream, encoder: Encoder, 
     return f"as the model reads {name}: {cut}"
 
 
-def row_lines(row: dict[str, Any], encoder: Encoder) -> list[str]:
+def row_lines(row: dict[str, Any], encoder: Encoder, label: str) -> list[str]:
     """Return one line for each text of a row: its role, its number of tokens, its beginning, and its score if it has one.
 
-    Only the first of several negatives is shown.
+    Only the first of several negatives is shown. `label` stands before the first line.
     """
     texts = row["input_ids"]
     roles = ["text"] if len(texts) == 1 else ["anchor", "positive", "negative"]
@@ -95,4 +94,4 @@ def row_lines(row: dict[str, Any], encoder: Encoder) -> list[str]:
         lines[place] += f"  (score {score:.4g})"
     if len(texts) > len(roles):
         lines[-1] += f"  (and {len(texts) - len(roles)} more)"
-    return lines
+    return [f"{'' if i else label:5}  {line}" for i, line in enumerate(lines)]
