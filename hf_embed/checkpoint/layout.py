@@ -267,6 +267,13 @@ def strip_prefix(state_dict: dict[str, Tensor], prefix: str) -> dict[str, Tensor
 def modules_of(encoder: Encoder, tensors: dict[str, Tensor]) -> list[Module]:
     """Return the modules of an encoder, each with its folder.
 
+    For example, with mean pooling, a dense layer and normalization:
+
+        TransformerModule    ""               {"max_seq_length": 512, "do_lower_case": False}
+        PoolingModule        "1_Pooling"      {"word_embedding_dimension": 768, "pooling_mode_mean_tokens": True, ...}
+        DenseModule          "2_Dense"        {"in_features": 768, "out_features": 256, ...}, and its weights
+        NormalizeModule      "3_Normalize"    {}
+
     Args:
         encoder: the encoder to save, or to describe in a model card.
         tensors: the tensors of the dense layers, `dense.0.linear.weight` and so on. If the pooling is the model's own pooler,
