@@ -66,8 +66,11 @@ def read_training_rows(
     """Tokenize and check the training rows.
 
     Raises:
-        InputError: if something is wrong with the rows, or if the run would train nothing.
+        InputError: if something is wrong with the rows, if the run would train nothing, or if a prompt of the model leaves no
+            room for a text.
     """
+    # An evaluation may use any prompt.
+    room_for_text(step.encoder.tokenizer, ["", *step.encoder.prompts.values()], step.encoder.max_length)
     if rows is None:
         return TrainingRows(None, [2], [objective], {})
     check_batch(args)
@@ -149,7 +152,6 @@ def tokenize_rows(
     Raises:
         InputError: if anything is wrong with the rows.
     """
-    room_for_text(encoder.tokenizer, ["", *encoder.prompts.values()], encoder.max_length)  # an evaluation may use any prompt
     tokens = cast(Dataset, tokenize_source(Source(name, rows), encoder, args, objective, name, paired))
     warn_of_truncation({name: truncated_share(tokens)})
     return tokens
