@@ -199,7 +199,7 @@ def source_rows(
 
 def has_several_positives(table: Dataset | Stream) -> bool:
     """Return whether tokenized rows hold the hashes of other positives."""
-    return table.several if isinstance(table, Stream) else "other_ids" in table.column_names
+    return table.several_positives if isinstance(table, Stream) else "other_ids" in table.column_names
 
 
 def row_width(table: Dataset | Stream) -> int:

@@ -39,8 +39,8 @@ class Stream:
         self.columns = text_columns(column_names(source.rows), source.label)
         self.rows, self.rank, self.ranks, self.seed, self.buffer_size = source.rows, rank, ranks, seed, buffer_size
         self.size = source.size or 0  # `Source` guarantees that the size is set
-        self.read = 0  # the number of rows that have been read from `endless`
-        self.endless: Iterator[RowTexts] | None = None
+        self.endless: Iterator[RowTexts] | None = None  # all passes, from the row with the number `next_number` on
+        self.next_number = 0
         self.texts_per_row = 2 + (len(self.columns[2:]) if source.negatives is None else source.negatives)
         first = list(islice(source.rows, FIRST_ROWS))
         lists = any(isinstance(row.get(column), list) for row in first for column in self.columns[2:])
@@ -64,7 +64,7 @@ class Stream:
             unused = dict.fromkeys(column for row in first for column in row if column not in self.columns)
             warn_of_judgements(first, list(unused), self.label)
         # Whether the cells of positives are lists.
-        self.several = any(isinstance(row.get(column), list) for row in first for column in self.columns[1:2])
+        self.several_positives = any(isinstance(row.get(column), list) for row in first for column in self.columns[1:2])
         texts = [made.texts for number, row in enumerate(first, 1) for made in self.by_positive(row, f"row {number}")]
         if max(len(first), len(texts)) < 2:
             raise too_few_rows(len(texts), self.label)
@@ -76,11 +76,11 @@ class Stream:
         return self.size
 
     def __getitems__(self, numbers: list[int]) -> list[dict]:
-        if self.endless is None or numbers[0] < self.read:
-            self.endless, self.read = self.passes(), 0
-        rows = list(islice(self.endless, numbers[0] - self.read, numbers[-1] + 1 - self.read))
-        self.read = numbers[-1] + 1
-        others = [row.others for row in rows] if self.several else None
+        if self.endless is None or numbers[0] < self.next_number:
+            self.endless, self.next_number = self.passes(), 0
+        rows = list(islice(self.endless, numbers[0] - self.next_number, numbers[-1] + 1 - self.next_number))
+        self.next_number = numbers[-1] + 1
+        others = [row.others for row in rows] if self.several_positives else None
         columns = self.tokenizer([row.texts for row in rows], others, MOST_POSITIVES - 1)
         return [dict(zip(columns, row)) for row in zip(*columns.values())]
 
@@ -136,8 +136,8 @@ class Stream:
         """
         where = f"{self.label}, {place or f'the row {str(row)[:60]}...'}"
         made = kept_rows(row, self.columns, where, self.drop)
-        if len(made) > (MOST_POSITIVES if self.several else 1):
-            most = f"at most {MOST_POSITIVES}" if self.several else f"one, as in its first {FIRST_ROWS} rows"
+        if len(made) > (MOST_POSITIVES if self.several_positives else 1):
+            most = f"at most {MOST_POSITIVES}" if self.several_positives else f"one, as in its first {FIRST_ROWS} rows"
             raise InputError(
                 f"{where} has {len(made)} positives, but a row of this stream may have {most}; remove streaming: true"
             )
