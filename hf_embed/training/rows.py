@@ -100,9 +100,8 @@ def read_training_rows(
     tables, vectors = with_teacher(tables, objectives, args, step.encoder.full_dimension)
     if isinstance(tokens, Mixture):
         tokens.tables = tables
-    else:
-        tokens = cast(Dataset, tables[0])
-    return TrainingRows(tokens, widths, objectives, vectors)
+        return TrainingRows(tokens, widths, objectives, vectors)
+    return TrainingRows(cast(Dataset, tables[0]), widths, objectives, vectors)
 
 
 def check_objectives(
