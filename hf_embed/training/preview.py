@@ -25,13 +25,7 @@ SHOWN_ROWS = 2
 SHOWN_SOURCES = 6
 
 
-def preview(
-    rows: Dataset | Mixture,
-    encoder: Encoder,
-    name: str,
-    same_dropout_mask: bool,
-    objective: Objective,
-) -> list[str]:
+def preview(rows: Dataset | Mixture, encoder: Encoder, name: str, same_dropout_mask: bool, objective: Objective) -> list[str]:
     """Return lines that describe the training rows, and that show the texts of two rows.
 
     With several sources, the two rows are from the first source.
