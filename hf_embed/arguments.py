@@ -18,7 +18,7 @@ from hf_embed.forward.activations import check_caching
 from hf_embed.pooling import POOLINGS, check_pooling
 from hf_embed.ranges import setting
 from hf_embed.ranks import limit_waiting
-from hf_embed.training.settings import METRIC_SCHEDULES, OF_GEOMETRY, OTHERS, check_after, check_before, refuse_other_fields
+from hf_embed.training.settings import METRIC_SCHEDULES, OF_GEOMETRY, OTHERS, check_derived, check_given, refuse_other_fields
 
 
 @dataclass
@@ -90,7 +90,7 @@ class ContrastiveTrainingArguments(TrainingArguments):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        check_before(self)
+        check_given(self)
         chosen = self.load_best_model_at_end or self.save_strategy == "best" or self.lr_scheduler_type in METRIC_SCHEDULES
         if chosen and self.metric_for_best_model is None:
             self.metric_for_best_model = "auto"  # the trainer resolves it, because it knows the evaluation sets
@@ -111,7 +111,7 @@ class ContrastiveTrainingArguments(TrainingArguments):
             super().__post_init__()
         except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
             raise InputError(str(error)) from error
-        check_after(self)
+        check_derived(self)
         join_ranks(self)
         self._check_own()
 

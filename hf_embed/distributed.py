@@ -5,6 +5,14 @@ The gradient of a training step is that of the mean loss over the global batch, 
 1. Each rank computes the mean loss of its own rows against the rows of all ranks.
 2. The backward pass of the gather sums the gradients that all ranks compute for a row.
 3. DDP and FSDP average the gradients over the ranks.
+
+With two ranks of two rows, where 0c is the gradient of the loss of rank 0 with respect to row c:
+
+            own rows   `gather_rows`   loss     gradients       after the backward pass of the gather
+    rank 0    a b        a b c d         0     0a 0b 0c 0d      0a + 1a, 0b + 1b
+    rank 1    c d        a b c d         1     1a 1b 1c 1d      0c + 1c, 0d + 1d
+
+`hf_embed.ranks` says what happens if a rank ends or does not answer.
 """
 
 import atexit
@@ -26,9 +34,17 @@ Gathered = TypeVar("Gathered")
 MOMENT = 0.2  # seconds
 
 
+# ---- the ranks ----
+
+
 def get_rank() -> int:
     """Return the rank of this process in the process group, or 0 if there is no group."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def get_world_size() -> int:
+    """Return the number of processes in the process group, or 1 if there is no group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def is_main_process() -> bool:
@@ -51,9 +67,15 @@ def warn_on_main_only() -> None:
         package.setLevel(logging.ERROR)
 
 
-def get_world_size() -> int:
-    """Return the number of processes in the process group, or 1 if there is no group."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+# ---- tensors of all ranks ----
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """Gather the rows (B, ...) of R ranks to (R * B, ...). With one rank, return `rows` unchanged.
+
+    B must be the same on every rank. Gradients flow back as the module docstring describes.
+    """
+    return rows if get_world_size() == 1 else _AllGather.apply(rows)
 
 
 class _AllGather(torch.autograd.Function):
@@ -74,14 +96,6 @@ class _AllGather(torch.autograd.Function):
         return own
 
 
-def gather_rows(rows: Tensor) -> Tensor:
-    """Gather the rows (B, ...) of R ranks to (R * B, ...). With one rank, return `rows` unchanged.
-
-    B must be the same on every rank. Gradients flow back as the module docstring describes.
-    """
-    return rows if get_world_size() == 1 else _AllGather.apply(rows)
-
-
 def take_weights_of_main(module: nn.Module) -> None:
     """Replace the weights of a module by those of the main process, as DDP does when it wraps the module."""
     if get_world_size() > 1:
@@ -97,6 +111,9 @@ def mean_over_ranks(tensor: Tensor) -> Tensor:
         dist.all_reduce(tensor)
         tensor /= get_world_size()
     return tensor
+
+
+# ---- Python objects of all ranks ----
 
 
 def gather_objects(thing: Gathered) -> list[Gathered]:

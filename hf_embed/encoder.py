@@ -190,7 +190,7 @@ class Encoder(WithSettings):
 
     @property
     def full_dimension(self) -> int:
-        """D, the width of an embedding in training."""
+        """D, the width of an embedding in training: `width`, that of a hidden state, unless a dense layer changes it."""
         last = self.dense[-1] if len(self.dense) else None
         return last.linear.out_features if isinstance(last, Dense) else self.width
 
@@ -240,7 +240,7 @@ class Encoder(WithSettings):
         chunk_tokens: int | None = None,
         gradient_caching: bool | Activations = False,
         sharded: bool = False,
-        trained: nn.Module | None = None,
+        embedder: nn.Module | None = None,
         packed: bool | None = None,
     ) -> dict[str, Tensor]:
         """Embed a flat batch, chunk by chunk.
@@ -252,17 +252,18 @@ class Encoder(WithSettings):
             gradient_caching: recompute each chunk in the backward pass; see `hf_embed.forward.activations`.
             sharded: the parameters are sharded (FSDP, ZeRO), so each layer is a collective. All ranks then make equally many
                 chunks, and the gradient of the word table is not shared by the chunks.
-            trained: the module whose `embed` embeds a chunk; default: this encoder. Training passes the one with the head.
+            embedder: the module whose `embed` embeds each chunk, and whose parameters are trained. Default: this encoder. A
+                `TrainingStep` passes itself, because it may have a head between the pooling and the embedding.
             packed: True: pack the chunks if the model can be packed; False: pad them; None: pack them if no error shows that
                 the model cannot be packed after all.
 
         Returns:
             {"embeddings": (N, D)}, not normalized.
         """
-        trained = trained or self
+        embedder = embedder or self
         encode = partial(
             encode_in_chunks,
-            ChunkEncoder(cast(Callable[..., Tensor], trained.embed), trained, self.base, sharded),
+            ChunkEncoder(cast(Callable[..., Tensor], embedder.embed), embedder, self.base, sharded),
             input_ids,
             lengths,
             self.tokenizer.pad_token_id,

@@ -41,7 +41,7 @@ from hf_embed.pooling import POOLINGS
 from hf_embed.tempscale import apply_tempscale
 from hf_embed.text_models import ends_with, with_end_of_text
 from hf_embed.training.mlm import check_mask_token, split_masked_lm
-from hf_embed.training.unused import settle_unused
+from hf_embed.training.unused import freeze_unused
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ class TrainingStep(nn.Module):
             A dict with "embeddings" (N, D), not normalized. With `mlm` it also has "mlm", the summed cross-entropy of the
             masked tokens. With a learned temperature it also has "temperature", a scalar of at least `MIN_TEMPERATURE`.
         """
-        outputs = self.encoder(input_ids, lengths, chunk_tokens, gradient_caching, self.sharded, trained=self)
+        outputs = self.encoder(input_ids, lengths, chunk_tokens, gradient_caching, self.sharded, embedder=self)
         if self.log_temperature is not None:
             # The gradient is not blocked at the limit, so a temperature below the limit can still rise again.
             below = (math.log(MIN_TEMPERATURE) - self.log_temperature.detach()).clamp(min=0)
@@ -115,6 +115,7 @@ class TrainingStep(nn.Module):
             chunk_tokens = chunk_tokens or default_chunk_tokens(input_ids.device)
             losses = encode_in_chunks(
                 ChunkEncoder(partial(self.mlm_losses, *mlm), self, self.encoder.base, self.sharded),
+                # The chunks get the places of their tokens instead of the ids: `mlm_losses` looks up masked ids and labels.
                 torch.arange(len(input_ids), device=input_ids.device),
                 lengths,
                 pad_id=0,
@@ -217,7 +218,7 @@ def make_step(
         apply_tempscale(encoder.backbone, args.temp_scale)
     needs_runtime(encoder, allowed=False)  # raises if TempScale could not be folded: better now than after the training
     verify_loadable(encoder)
-    settle_unused(encoder, args)
+    freeze_unused(encoder, args)
     objective.check_width(encoder.full_dimension)
     warn_of_settings_for_encode(encoder)
     warn_of_last_token(encoder)
@@ -244,12 +245,7 @@ def make_encoder(
     backbone = model.backbone if isinstance(model, Encoder) else model
     check_adapters(backbone)
     check_one_device(backbone)
-    settings: dict[str, Any] = {
-        "pooling": args.pooling,
-        "max_length": args.max_length,
-        "normalize": args.normalize,
-        "prompts": args.prompts,
-    }
+    settings = {key: getattr(args, key) for key in ("pooling", "max_length", "normalize", "prompts")}
     given = {key: value for key, value in settings.items() if value is not None}
     if tokenizer is None and isinstance(model, Encoder):
         tokenizer = model.tokenizer
@@ -357,7 +353,7 @@ def add_own_parameters(optimizer: torch.optim.Optimizer | None, scheduler: objec
     held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     if held.isdisjoint(step.parameters()):
         raise InputError("optimizers: the optimizer has none of the model's parameters; create it for the model that you train")
-    for what, parameters in own_parameters_without(optimizer, step).items():
+    for what, parameters in own_parameters_missing_in(optimizer, step).items():
         if scheduler is not None:
             raise InputError(
                 f"optimizers: the scheduler was created before the {what} and cannot set its learning rate; give only the "
@@ -366,13 +362,12 @@ def add_own_parameters(optimizer: torch.optim.Optimizer | None, scheduler: objec
         optimizer.add_param_group({"params": parameters, **({"weight_decay": 0.0} if what == TEMPERATURE else {})})
 
 
-def own_parameters_without(optimizer: torch.optim.Optimizer, step: TrainingStep) -> dict[str, list[nn.Parameter]]:
+def own_parameters_missing_in(optimizer: torch.optim.Optimizer, step: TrainingStep) -> dict[str, list[nn.Parameter]]:
     """Return the parameters that the trainer created and that the optimizer does not hold, by their name in messages."""
     held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-    head = [] if step.train_head is None else list(step.train_head.parameters())
-    temperature = [] if step.log_temperature is None else [step.log_temperature]
-    missing = {
-        what: [parameter for parameter in parameters if parameter not in held]
-        for what, parameters in (("training head", head), (TEMPERATURE, temperature))
+    created = {
+        "training head": [] if step.train_head is None else list(step.train_head.parameters()),
+        TEMPERATURE: [] if step.log_temperature is None else [step.log_temperature],
     }
+    missing = {what: [each for each in parameters if each not in held] for what, parameters in created.items()}
     return {what: parameters for what, parameters in missing.items() if parameters}

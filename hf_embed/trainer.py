@@ -8,6 +8,9 @@ One training step:
 4. One gather exchanges the embeddings of all ranks.
 5. The objective compares the rows of this rank with the rows of all ranks. The backward pass follows.
 
+The base classes are in `hf_embed.training`: `HubTrainer` pushes, `CheckpointTrainer` writes checkpoints and resumes from them,
+and `GuardedTrainer` handles signals, lost ranks, NaN and full memory. This file has the model, the step and the evaluation.
+
 Shapes: B rows of this rank, N rows of all ranks, V texts per row, D width of an embedding.
 """
 
@@ -127,6 +130,7 @@ class ContrastiveTrainer(GuardedTrainer):
         compute_metrics: Callable[[EvalPrediction], Mapping[str, float]] | None = None,
         **unknown: Any,
     ):
+        # 1. Check the arguments, and convert them to the kinds that are used here.
         trainer_inputs.refuse_unknown(unknown)
         tasks = trainer_inputs.with_metrics(trainer_inputs.as_tasks(eval_dataset), compute_metrics)
         args = trainer_inputs.as_arguments(args, tasks)
@@ -134,29 +138,32 @@ class ContrastiveTrainer(GuardedTrainer):
         self.main_objective = trainer_inputs.checked_objective(objective)
         optimizers = trainer_inputs.checked_optimizers(optimizers, args)
         model = trainer_inputs.first_model(model, model_init, optimizers)
-        self.tokenizer_of_models = processing_class
         rows = trainer_inputs.as_train_data(train_dataset, train_name, args)
+        # 2. Make the module that is trained.
+        self.given_tokenizer = processing_class  # `call_model_init` uses it again
         model, tokenizer = trainer_inputs.as_model(model, processing_class, args)
         self.step = make_step(model, tokenizer, args, self.main_objective)
         self.encoder = self.step.encoder
         add_own_parameters(*optimizers, self.step)
         check_output(args, self.step, optimizers[0], trains=rows is not None)
+        # 3. Tokenize and check the rows to train on, and the held-out rows.
         training = trainer_rows.read_training_rows(rows, self.step, args, self.main_objective, train_name, paired)
         tokens, self.objectives = training.tokens, training.objectives  # one for each source
-        self.teacher_identity = "".join({vectors.identity for vectors in training.vectors.values()})  # "" without vectors
+        self.teacher_identity = "".join({vectors.identity for vectors in training.vectors.values()})  # of one file, or ""
         tasks = trainer_rows.make_held_out(tasks, self.step, args, self.main_objective, training.vectors, tokens)
         warn_of_ignored(args, tasks)
         self.origin = origin_of(train_dataset, train_name)
-        self.scored: dict[str, Task] = {}  # the tasks evaluated so far, by name
-        self.left_out: list[dict[str, float]] = []  # log entries that do not belong in the record; see `note_scores`
+        self.scored_tasks: dict[str, Task] = {}  # the tasks evaluated so far, by name
+        self.unrecorded: list[dict[str, float]] = []  # log entries that do not belong in the record; see `note_scores`
         self.watch = Watch(batches_alike=not isinstance(tokens, Mixture))
-        # No warning of a bad geometry where the scores or the vectors of the data decide it, and not the loss.
-        self.watch.warned = not {"scores", "target"}.isdisjoint(self.main_objective.needs)
+        # No warning of a bad geometry if the objective learns scores or vectors: these decide which geometry is right.
+        self.watch.warned = bool({"scores", "target"} & set(self.main_objective.needs))
+        # 4. Let Trainer place the model on its device and make the accelerator. Then check what depends on them.
         super().__init__(
             model=self.step if model_init is None else None,
             model_init=model_init,
             args=args,
-            data_collator=RaggedCollator(training.views, args.same_dropout_mask, training.vectors),
+            data_collator=RaggedCollator(training.texts_per_row, args.same_dropout_mask, training.vectors),
             train_dataset=tokens,
             eval_dataset=tasks or None,
             processing_class=self.encoder.tokenizer,
@@ -172,16 +179,15 @@ class ContrastiveTrainer(GuardedTrainer):
         self.unsharded = without_weights(self.encoder.backbone) if adapted else None  # adapters are merged into a copy of it
         check_kernel(self.encoder.backbone, args.device)
         self.encoder.check_changed()  # now that the model is on its device and has its adapters and TempScale
-        self.compute_metrics = cast(Any, compute_metrics)
-        self.temperature: Tensor | None = None  # the learned temperature at the last step
+        self.compute_metrics = cast(Any, compute_metrics)  # the STS sets call it, and not Trainer
         if self.is_world_process_zero() and logger.isEnabledFor(logging.INFO):
             logger.info("\n".join(self.preview()))
-        self.lines = show_lines(self, tasks)
+        self.log_lines = show_lines(self, tasks)
 
     def call_model_init(self, trial: Any = None) -> TrainingStep:
         """Make the model anew, with the heads that the objective needs. Trainer calls this before each training."""
         given = super().call_model_init(trial)
-        model, tokenizer = trainer_inputs.as_model(given, self.tokenizer_of_models, self.args)
+        model, tokenizer = trainer_inputs.as_model(given, self.given_tokenizer, self.args)
         self.step = make_step(model, tokenizer, self.args, self.main_objective)
         trainer_rows.check_same_tokens(self.encoder, self.step.encoder)
         self.encoder, self.step.sharded = self.step.encoder, self.sharded
@@ -215,40 +221,22 @@ class ContrastiveTrainer(GuardedTrainer):
             num_items_in_batch: the token count that Trainer passes. It is not used, because the loss is a mean over rows.
         """
         args, input_ids, text_ids = self.args, inputs["input_ids"], inputs["text_ids"]
-        mlm = None if self.step.mlm_head is None else mask_tokens(input_ids, self.encoder.tokenizer)
+        mlm = None if self.step.mlm_head is None else mask_tokens(input_ids, self.encoder.tokenizer)  # (masked ids, labels)
         outputs = model(input_ids, inputs["lengths"], args.chunk_tokens, self.begin_caching(), mlm)
         rows = to_rows(outputs["embeddings"], inputs["slots"], text_ids.shape)  # (B, V, D)
         vectors = F.normalize(rows, dim=-1) if self.encoder.normalize else rows  # what the saved model returns
         first_row = args.process_index * len(rows)
-        given = {"temperature": outputs["temperature"]} if "temperature" in outputs else {}
+        arguments = {"temperature": outputs["temperature"]} if "temperature" in outputs else {}
         objective = self.objectives[inputs["source"]]
-        given |= further_arguments(inputs["further"], objective.needs, gather_rows)
-        loss = objective(vectors, text_ids, gather_rows(vectors), gather_rows(text_ids), first_row, **given)
+        arguments |= further_arguments(inputs["further"], objective.needs, gather_rows)
+        loss = objective(vectors, text_ids, gather_rows(vectors), gather_rows(text_ids), first_row, **arguments)
         # DDP averages gradients over ranks. The factor world_size cancels that, which leaves the mean over all masked tokens.
         if mlm is not None:
             masked = gather_rows((mlm[1] != -100).sum().view(1)).sum().clamp(min=1)
             loss = loss + self.main_objective.mlm_weight * outputs["mlm"] * args.world_size / masked
-        if model.training:  # store the values that the next log needs
-            self.watch.see(loss, rows, text_ids)
-            self.temperature = outputs["temperature"].detach() if "temperature" in outputs else None
-            if isinstance(self.train_dataset, Mixture):
-                self.source_losses.setdefault(inputs["source"], []).append(loss.detach())
+        if model.training:  # for the next log; see `GuardedTrainer.log`
+            self.watch.see(loss, rows, text_ids, inputs["source"], outputs.get("temperature"))
         return (loss, {"embeddings": vectors}) if return_outputs else loss
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the loss of each source, the learned temperature and the statistics of `watch` to a training log."""
-        if "loss" in logs:  # every rank runs this block, because `reduce` is a collective
-            if isinstance(self.train_dataset, Mixture):
-                for source, losses in sorted(self.source_losses.items()):
-                    found = torch.stack(losses)  # those of skipped steps may be NaN or infinite
-                    mean = self.accelerator.reduce(found[found.isfinite()].mean(), "mean")
-                    logs[f"loss_{self.train_dataset.names[source]}"] = round(mean.item(), 4)
-                self.source_losses.clear()
-            if self.temperature is not None:
-                logs["temperature"] = self.temperature.item()
-            if self.is_world_process_zero():
-                logs |= self.watch.numbers()
-        super().log(logs, start_time)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Return the names that Trainer returns, without the learned temperature, which gets no weight decay."""
@@ -288,7 +276,7 @@ class ContrastiveTrainer(GuardedTrainer):
         if eval_dataset is None:
             check_metric(self.args, tasks, self.other_metrics, scored=True)
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in scores.items()}
-        self.lines.scored(tasks, metric_key_prefix)
+        self.log_lines.scored(tasks, metric_key_prefix)
         due = self.control.should_log, self.control.should_evaluate
         self.log(metrics)
         if metric_key_prefix == "eval":
@@ -333,10 +321,12 @@ class ContrastiveTrainer(GuardedTrainer):
             return
         folder = str(output_dir or args.output_dir)
         final = step_of(folder) is None and not Path(folder).name.startswith(ASIDE)
-        results = (final and training_results(self)) or ({} if self.drops_results else None)
-        of_encoder = None if state_dict is None else strip_prefix(state_dict, "encoder.")
+        results: dict[str, Any] | None = training_results(self) if final else {}
+        if not results and not self.drops_results:
+            results = None  # keep the scores that are in the folder; {} would remove them
+        encoder_tensors = None if state_dict is None else strip_prefix(state_dict, "encoder.")
         verify = final and state_dict is None
-        save_encoder(self.encoder, folder, verify, of_encoder, results=results, unsharded=self.unsharded)
+        save_encoder(self.encoder, folder, verify, encoder_tensors, results=results, unsharded=self.unsharded)
         if not final:
             save_training_tensors(folder, self.step, state_dict or self.step.state_dict())
         torch.save(without_secrets(args), Path(folder, TRAINING_ARGS_NAME))

@@ -23,7 +23,7 @@ from hf_embed.data.sampling import GlobalBatchSampler, SourceBatchSampler
 from hf_embed.data.source_files import read_sources
 from hf_embed.data.sources import read_file, row_texts
 from hf_embed.data.tokenization import text_id, truncated_share, warn_of_truncation
-from hf_embed.forward.chunking import move_back, move_tokens, plan_chunks
+from hf_embed.forward.chunking import move_back, move_tokens, pad_chunk, plan_chunks
 from hf_embed.forward.packing import groups_to_pool
 
 
@@ -37,7 +37,16 @@ def written(path, content):
     return str(path)
 
 
-THINGS = [GlobalBatchSampler, RaggedCollator, SourceBatchSampler, groups_to_pool, move_back, move_tokens, plan_chunks]
+THINGS = [
+    GlobalBatchSampler,
+    RaggedCollator,
+    SourceBatchSampler,
+    groups_to_pool,
+    move_back,
+    move_tokens,
+    pad_chunk,
+    plan_chunks,
+]
 
 
 @pytest.mark.parametrize("thing", THINGS)
@@ -347,7 +356,7 @@ def test_collator_puts_every_text_into_its_slot():
         {"input_ids": [[7], [8, 9]], "text_ids": [40, 50]},
         {"input_ids": [[11, 12]], "text_ids": [60]},  # a single text is its own positive
     ]
-    batch = RaggedCollator(views=[4])(rows)
+    batch = RaggedCollator(texts_per_row=[4])(rows)
     texts = [t.tolist() for t in batch["input_ids"].split(batch["lengths"])]
     grid = dict(zip(batch["slots"].tolist(), texts))
     assert grid == {0: [1, 2], 1: [3], 2: [4, 5, 6], 4: [7], 5: [8, 9], 8: [11, 12], 9: [11, 12]}

@@ -17,7 +17,7 @@ from test_recipes import QUIET, UNSUP, files, flags, load_recipe, recipe, sup  #
 from transformers import TrainerState
 from worker import WORDS
 
-from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, Source, VectorDistillation
+from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, SimCSE, Source, VectorDistillation
 from hf_embed.kit import cli
 from hf_embed.kit.finetune import EarlyStopping
 from hf_embed.kit.plan import DataArguments, read_held_out, read_train_rows
@@ -264,7 +264,7 @@ def test_the_preview_skips_no_rows_of_a_stream(tmp_path):
 
 def test_long_and_odd_texts_are_a_short_line(tmp_path):
     rows = [{"anchor": "word " * 60, "positive": "line\nbreak\tand tab"}] * 2
-    lines = preview(make(tmp_path, rows).train_dataset, Encoder(tiny_model(), small_tokenizer()), "rows")
+    lines = preview(make(tmp_path, rows).train_dataset, Encoder(tiny_model(), small_tokenizer()), "rows", False, SimCSE())
     assert max(map(len, lines)) < 110 and not any("\n" in line or "\t" in line for line in lines)
 
 

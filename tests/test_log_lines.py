@@ -23,7 +23,7 @@ from worker import STS
 from hf_embed import ContrastiveTrainingArguments, PairClassification, Retrieval
 from hf_embed.progress import bars_shown, duration, hidden_bars, progress_bar, quiet_libraries
 from hf_embed.training import log_lines
-from hf_embed.training.log_lines import LogLines, Printer, Progress, digits, summary
+from hf_embed.training.log_lines import LogLines, Printer, Progress, closing_line, digits
 
 SETS = {"stsb": Dataset.from_list(STS), "sick": Dataset.from_list(STS[::-1])}
 ROOT = Path(__file__).parent.parent
@@ -157,10 +157,10 @@ def test_written_numbers():
     assert [digits(number) for number in numbers] == written
     assert digits(100.0, 4) == "100.0" and digits(12345.6) == "12,346"
     assert [duration(seconds) for seconds in (2.34, 59.6, 137.1, 7300)] == ["2.3 s", "1 min 0 s", "2 min 17 s", "2 h 1 min"]
-    assert summary({"train_runtime": 3.0}, TrainerState(global_step=1)) == "trained 1 step in 3.0 s"
+    assert closing_line({"train_runtime": 3.0}, TrainerState(global_step=1)) == "trained 1 step in 3.0 s"
     resumed = {"train_runtime": 3.0, "resumed_at_step": 2}
-    assert summary(resumed, TrainerState(global_step=5)) == "trained 3 of 5 steps in 3.0 s"
-    assert summary(resumed, TrainerState(global_step=2)) == "no steps were left to train: all 2 were trained before"
+    assert closing_line(resumed, TrainerState(global_step=5)) == "trained 3 of 5 steps in 3.0 s"
+    assert closing_line(resumed, TrainerState(global_step=2)) == "no steps were left to train: all 2 were trained before"
 
 
 def test_other_ranks_print_nothing(tmp_path, capsys):

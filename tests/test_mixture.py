@@ -80,7 +80,7 @@ class SizeOnly(Stream):
     """A replacement for a table that has a size but no rows."""
 
     def __init__(self, size):
-        self.size, self.views = size, 2
+        self.size, self.texts_per_row = size, 2
 
 
 def batches(sizes, batch_size, ranks=1, epochs=1, seed=0, streams=frozenset(), first_epoch=0, probabilities=None):
@@ -331,7 +331,9 @@ def test_passes_do_not_depend_on_the_number_of_workers(tmp_path):
         mixture = make_mixture([Source("web", rows, size=3)], tiny_encoder(), arguments(tmp_path), SimCSE())
         sampler = SourceBatchSampler([3], [1.0], 4, 0, 1, 0, streams=mixture.streams)
         sampler.steps = 150
-        loader = DataLoader(mixture, batch_sampler=sampler, collate_fn=RaggedCollator(mixture.views), num_workers=workers)
+        loader = DataLoader(
+            mixture, batch_sampler=sampler, collate_fn=RaggedCollator(mixture.texts_per_row), num_workers=workers
+        )
         return [batch["text_ids"].tolist() for batch in loader]
 
     assert batches(4) == batches(0)
@@ -582,7 +584,7 @@ def test_small_source_is_said_and_repeated(tmp_path, caplog):
         )
     assert re.findall("source 'a': there are 3 rows, fewer than the 4", caplog.text) and "source 'b'" not in caplog.text
     loader = DataLoader(mixture, batch_sampler=SourceBatchSampler(mixture.sizes, [1.0, 0.0], 4, 0, 1, 0),
-                        collate_fn=RaggedCollator(mixture.views))  # fmt: skip
+                        collate_fn=RaggedCollator(mixture.texts_per_row))  # fmt: skip
     ids = next(iter(loader))["text_ids"]
     assert len(ids) == 4 and len(set(ids[:, 0].tolist())) == 3
 

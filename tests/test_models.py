@@ -28,7 +28,7 @@ from worker import NO_DROPOUT, WORDS
 
 from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, Encoder, ImprovedContrastive, SimCSE
 from hf_embed.step import make_step
-from hf_embed.training.unused import settle_unused
+from hf_embed.training.unused import freeze_unused
 
 ROWS = [{"anchor": f"the {a}", "positive": f"a {a} by the {b}"} for a, b in zip(WORDS, WORDS[1:] + WORDS[:1])]
 TEXTS = ["the cat", "rain on the river", "a house where nobody has lived for years"]
@@ -154,7 +154,7 @@ def test_parameters_that_only_long_texts_use():
         return torch.cat([states[:, :8], states[:, 8:] + late], dim=1) if states.shape[1] > 8 else states
 
     model.embeddings.forward = forward
-    settle_unused(Encoder(model, small_tokenizer()), args)
+    freeze_unused(Encoder(model, small_tokenizer()), args)
     assert late.requires_grad and args.ddp_find_unused_parameters is True
 
 
@@ -178,7 +178,7 @@ def test_nothing_else_is_touched():
     encoder.backbone.encoder.layer[0].output.dense.weight.grad = gradient.clone()
     weights, state = copy.deepcopy(encoder.state_dict()), torch.get_rng_state()
     args = ContrastiveTrainingArguments("unused", use_cpu=True, report_to=[])
-    settle_unused(encoder, args)
+    freeze_unused(encoder, args)
     assert torch.equal(torch.get_rng_state(), state)
     assert [module.training for module in encoder.modules()] == modes
     assert all(torch.equal(tensor, weights[name]) for name, tensor in encoder.state_dict().items())
@@ -196,7 +196,7 @@ def test_a_later_training_may_use_what_an_earlier_one_froze():
     model, args = tiny_model(), ContrastiveTrainingArguments("unused", use_cpu=True, report_to=[])
     model.embeddings.requires_grad_(False)
     for pooling, still in (("mean", ("embeddings", "pooler")), ("cls_mlp", "embeddings"), ("cls", ("embeddings", "pooler"))):
-        settle_unused(Encoder(model, small_tokenizer(), pooling), args)
+        freeze_unused(Encoder(model, small_tokenizer(), pooling), args)
         assert all(parameter.requires_grad != name.startswith(still) for name, parameter in model.named_parameters())
 
 
@@ -206,7 +206,7 @@ def test_weights_that_are_not_in_memory_are_not_looked_at():
         model = BertModel(tiny_model().config)
     encoder = Encoder(model, small_tokenizer())
     args = ContrastiveTrainingArguments("unused", use_cpu=True, report_to=[])
-    settle_unused(encoder, args)
+    freeze_unused(encoder, args)
     assert all(p.requires_grad for p in encoder.parameters()) and args.ddp_find_unused_parameters is False
 
 
@@ -215,7 +215,7 @@ def test_it_costs_less_than_a_second_on_bert_base():
     encoder = Encoder(BertModel(AutoConfig.for_model("bert", vocab_size=12000)), small_tokenizer())
     args = ContrastiveTrainingArguments("unused", use_cpu=True, report_to=[])
     start = time.process_time()
-    settle_unused(encoder, args)
+    freeze_unused(encoder, args)
     assert time.process_time() - start < 1
 
 

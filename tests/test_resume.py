@@ -177,7 +177,7 @@ def test_other_settings_are_told_in_one_line(run, case, caplog):
     changed, message = WARNED_SETTINGS[case]
     caplog.set_level(logging.WARNING)
     made = trainer(run, **changed)
-    made.facts = resume.facts_of(made)
+    made.run_facts = resume.facts_of(made)
     caplog.clear()
     made.find_checkpoint(True)
     assert [line for line in caplog.messages if "resuming with" in line] == [

@@ -395,8 +395,8 @@ def test_layer_numbers():
 def test_other_bad_settings():
     for settings, message in (
         ({"growth": "linear"}, "unknown TempScale growth 'linear'; use log or power"),
-        ({"reference_length": 1}, "a whole number above 1"),
-        ({"exponent": 0}, "exponent is 0"),
+        ({"reference_length": 1}, "TempScale: reference_length is 1; it must be at least 2 and whole"),
+        ({"exponent": 0}, "TempScale: exponent is 0; it must be above 0"),
     ):
         with pytest.raises(InputError, match=message):
             TempScaleConfig(**settings)

@@ -217,6 +217,13 @@ def test_an_encoder_that_cannot_be_trained_as_asked_stays_as_it_is(tmp_path):
     assert encoder.settings == before
 
 
+@pytest.mark.parametrize("rows", [ROWS, [Source("a", Dataset.from_list(ROWS))], None], ids=["table", "sources", "none"])
+def test_a_prompt_that_leaves_no_room_is_refused(tmp_path, rows):
+    """BUG: with sources, or without rows, all texts of an evaluation had the same vector, and the score was NaN."""
+    encoder = tiny_encoder(max_length=16, prompts={"sts": "word " * 40}, default_prompt_name="sts")
+    assert "max_length 16 leaves no room for a text" in error_of(make, tmp_path, model=encoder, train_dataset=rows)
+
+
 def test_a_model_by_name_is_trained_in_float32(tmp_path):
     encoder = tiny_encoder()
     encoder.backbone.half()

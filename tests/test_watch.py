@@ -36,7 +36,7 @@ def test_only_the_rows_that_are_needed_are_kept(monkeypatch):
     """BUG: the embeddings of a whole batch stayed in memory during the next step, 400 MB for 65,536 pairs of width 768."""
     monkeypatch.setattr("hf_embed.training.watch.ROWS", 2)
     watch, rows = Watch(), torch.arange(24.0).view(4, 2, 3)
-    watch.see(torch.tensor(0.0), rows, torch.arange(8).view(4, 2))
+    watch.see(torch.tensor(0.0), rows, torch.arange(8).view(4, 2), source=0, temperature=None)
     assert torch.equal(watch.last[0], rows[:2]) and watch.last[0].untyped_storage().nbytes() == 2 * 2 * 3 * 4
 
 

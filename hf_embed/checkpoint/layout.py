@@ -9,6 +9,7 @@ Their files tell sentence-transformers, mteb and `Encoder.from_pretrained` the p
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, Self, TypeVar, cast
 
@@ -266,6 +267,13 @@ def strip_prefix(state_dict: dict[str, Tensor], prefix: str) -> dict[str, Tensor
 def modules_of(encoder: Encoder, tensors: dict[str, Tensor]) -> list[Module]:
     """Return the modules of an encoder, each with its folder.
 
+    For example, with mean pooling, a dense layer and normalization:
+
+        TransformerModule    ""               {"max_seq_length": 512, "do_lower_case": False}
+        PoolingModule        "1_Pooling"      {"word_embedding_dimension": 768, "pooling_mode_mean_tokens": True, ...}
+        DenseModule          "2_Dense"        {"in_features": 768, "out_features": 256, ...}, and its weights
+        NormalizeModule      "3_Normalize"    {}
+
     Args:
         encoder: the encoder to save, or to describe in a model card.
         tensors: the tensors of the dense layers, `dense.0.linear.weight` and so on. If the pooling is the model's own pooler,
@@ -325,20 +333,16 @@ def read_modules(files: Files) -> list[Module] | None:
     listed = files.json("modules.json", list)
     if listed is None:
         return None
-    modules: list[Module] = []
-    before: str | None = None
-    for entry in listed:
-        module = read_module(files, entry)
-        name = entry.get("name")
-        modules.append(module)
-        if sum(name == other.get("name") for other in listed if isinstance(other, dict)) > 1:
+    modules = [read_module(files, entry) for entry in listed]
+    names = [entry.get("name") for entry in listed]
+    for module, name in zip(modules, names):
+        if names.count(name) > 1:
             raise files.refused(f"the module {module.kind} ('{module.path}') with the name '{name}' of another module")
-        if isinstance(module, DropoutModule):
-            continue
-        twice = module.kind == before and not isinstance(module, DenseModule | NormalizeModule)
-        if before is not None and (twice or ORDER.index(module.kind) < ORDER.index(before)):
-            raise files.refused(f"the module {module.kind} ('{module.path}') after {before}")
-        before = module.kind
+    ordered = [module for module in modules if not isinstance(module, DropoutModule)]
+    for module, following in pairwise(ordered):
+        repeats = following.kind == module.kind and not isinstance(module, DenseModule | NormalizeModule)
+        if repeats or ORDER.index(following.kind) < ORDER.index(module.kind):
+            raise files.refused(f"the module {following.kind} ('{following.path}') after {module.kind}")
     if not modules or not isinstance(modules[0], TransformerModule):
         raise files.refused("a modules.json whose first module is not a Transformer")
     return modules

@@ -25,7 +25,7 @@ from hf_embed.checkpoint.layout import strip_prefix, write_sentence_transformers
 from hf_embed.checkpoint.load import own_config
 from hf_embed.checkpoint.model_files import OLD_WEIGHTS, RESULTS, is_old
 from hf_embed.checkpoint.tables import Results
-from hf_embed.checkpoint.verify import load_saved_tokenizer, verify_alike, verify_folder, verify_layers
+from hf_embed.checkpoint.verify import load_and_check_tokenizer, verify_folder, verify_full_copy, verify_layers
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.files.disk import nearest
@@ -93,7 +93,7 @@ def save_encoder(
             tensors = encoder.state_dict() if state_dict is None else state_dict
             write_sentence_transformers_files(encoder, new, weights | tensors)  # the pooler and the dense layers
             if verify:
-                tokenizer = load_saved_tokenizer(encoder, new)
+                tokenizer = load_and_check_tokenizer(encoder, new)
                 if not runtime:  # other loaders do not apply TempScale at runtime
                     verify_folder(encoder, new, weights, tokenizer)
             put_in_place(Path(new), place)
@@ -114,7 +114,7 @@ def full_encoder(encoder: Encoder, verify: bool = True) -> Encoder:
     settings = encoder.settings | {"dense": copy.deepcopy(encoder.dense).to("cpu")}
     full = Encoder(full_copy(encoder.backbone), encoder.tokenizer, **settings).eval()
     if verify:
-        verify_alike(full, encoder)
+        verify_full_copy(full, encoder)
     return full
 
 
@@ -129,10 +129,12 @@ def warn_of_servers(note: str) -> None:
 def renewed(folder: Path, clear: bool = False) -> Iterator[Path]:
     """Yield the folder to which a model, its scores and its card are written. At the end, its content stands in `folder`.
 
-    If `folder` holds a model or does not exist, the yielded folder is a new one, which replaces `folder` at the end. Files of
-    `folder` that belong to no model are in both, as hard links and not as copies. Otherwise, or if `folder` cannot be replaced
-    (`can_be_replaced`), the yielded folder is `folder` itself. No loader accepts it while it has no weights, and `put_in_place`
-    moves the weights there last.
+        `folder` is                                          the yielded folder is
+        absent, or a folder with a model                     a new one, which replaces `folder` at the end
+        a folder without a model, or `can_be_replaced` is    `folder` itself. No loader accepts it while it has no weights,
+        False                                                and `put_in_place` moves the weights there last
+
+    Files of `folder` that belong to no model are also in a new one, as hard links and not as copies.
 
     Args:
         folder: the target. After an exception it is unchanged, unless files were already moved into it.

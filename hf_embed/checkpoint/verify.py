@@ -59,14 +59,22 @@ def verify_folder(encoder: Encoder, folder: str, weights: dict[str, Tensor], tok
             found, device = vectors_through(load, batches, encoder.device)
             tolerance = HALF_TOLERANCE if half else TOLERANCE if device == encoder.device else OTHER_DEVICE_TOLERANCE
             for vectors, wanted in zip(found, expected):
-                difference = ((vectors - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max().item()
-                if not difference <= tolerance:  # also catches NaN
-                    raise ExportError(
-                        f"not saved: {loader} gives vectors that differ by {difference:.1e} of their norm from those of the "
-                        f"trained model (pooling {encoder.pooling}, {type(encoder.base).__name__}); tolerance {tolerance:.0e}"
-                    )
+                check_vectors(vectors, wanted, tolerance, loader, encoder)
     if encoder.device != torch.device("cpu"):
         gc.collect()  # the model of sentence-transformers refers to itself, so it would stay in the memory of the GPU
+
+
+def check_vectors(found: Tensor, expected: Tensor, tolerance: float, loader: str, encoder: Encoder) -> None:
+    """Raise ExportError if one of the vectors `found`, (N, D), differs by more than `tolerance` of its norm from `expected`.
+
+    `loader` is what the message calls the model that gives `found`. The vectors of `encoder` are expected.
+    """
+    difference = ((found - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item()
+    if not difference <= tolerance:  # also catches NaN
+        raise ExportError(
+            f"not saved: {loader} gives vectors that differ by {difference:.1e} of their norm from those of the trained model "
+            f"(pooling {encoder.pooling}, {type(encoder.base).__name__}); tolerance {tolerance:.0e}"
+        )
 
 
 def vectors_through(
@@ -85,7 +93,7 @@ def vectors_through(
     return vectors_through(load, batches, torch.device("cpu"))
 
 
-def verify_alike(full: Encoder, encoder: Encoder) -> None:
+def verify_full_copy(full: Encoder, encoder: Encoder) -> None:
     """Check that a copy in float32 of an encoder in 4 bits gives its vectors, as closely as their devices compute.
 
     Raises:
@@ -93,12 +101,7 @@ def verify_alike(full: Encoder, encoder: Encoder) -> None:
     """
     for text in TEXTS:
         found, expected = (torch.as_tensor(each.encode([text], convert_to_tensor=True)).cpu() for each in (full, encoder))
-        difference = ((found - expected).norm() / expected.norm()).item()
-        if not difference <= HALF_TOLERANCE:  # also catches NaN
-            raise ExportError(
-                f"not saved: the adapters, merged in float32, give vectors that differ by {difference:.1e} of their norm from "
-                f"those of the trained model in 4 bits ({type(encoder.base).__name__})"
-            )
+        check_vectors(found, expected, HALF_TOLERANCE, "the copy in float32 of the model in 4 bits", encoder)
 
 
 def through_automodel(
@@ -153,7 +156,7 @@ def verify_loadable(encoder: Encoder) -> None:
     This check runs before training, so that a long run does not end with a model that cannot be loaded.
 
     Raises:
-        InputError: as `load_saved_tokenizer`, `verify_layers` and `check_buffers` do.
+        InputError: as `load_and_check_tokenizer`, `verify_layers` and `check_buffers` do.
     """
     base = encoder.base
     if is_remote(base) and base.dtype == torch.float32:
@@ -161,11 +164,11 @@ def verify_loadable(encoder: Encoder) -> None:
     with tempfile.TemporaryDirectory() as folder, silent_libraries():
         own_config(encoder.base).save_pretrained(folder)
         encoder.tokenizer.save_pretrained(folder)
-        load_saved_tokenizer(encoder, folder)
+        load_and_check_tokenizer(encoder, folder)
         verify_layers(encoder, AutoConfig.from_pretrained(folder, trust_remote_code=encoder.remote_code))
 
 
-def load_saved_tokenizer(encoder: Encoder, folder: str) -> PreTrainedTokenizerBase:
+def load_and_check_tokenizer(encoder: Encoder, folder: str) -> PreTrainedTokenizerBase:
     """Return the tokenizer in `folder`, to which `encoder` was saved. Check that the same model and tokenizer are loaded.
 
     AutoModel and AutoTokenizer choose a class by the configuration, whatever class was saved.
@@ -187,12 +190,12 @@ def load_saved_tokenizer(encoder: Encoder, folder: str) -> PreTrainedTokenizerBa
             ) from error
         if not isinstance(tokenizer, PreTrainedTokenizerBase):  # a processor of texts and something else
             tokenizer = AutoTokenizer.from_pretrained(folder, **trusted)
-        verify_class(encoder.base, config)
+        checked_class(encoder.base, config)
         verify_tokenizer(encoder, tokenizer)
     return tokenizer
 
 
-def verify_class(base: PreTrainedModel, config: PreTrainedConfig) -> type[PreTrainedModel]:
+def checked_class(base: PreTrainedModel, config: PreTrainedConfig) -> type[PreTrainedModel]:
     """Return the class of the model that transformers would make from `config`. Raise InputError unless `base` is one."""
     loader, classes = loading_class(config), loaded_classes(config)
     if not isinstance(base, tuple(classes)) and not getattr(config, "auto_map", None):
@@ -215,7 +218,7 @@ def verify_layers(encoder: Encoder, config: PreTrainedConfig) -> None:
     base = merged_shape(backbone) if has_adapters(backbone) else encoder.base
     weights = base.state_dict()
     with torch.device("meta"), without_flash(backbone):  # no model with flash attention is made on a machine without it
-        made = verify_class(base, config)(copy.deepcopy(config)).state_dict()
+        made = checked_class(base, config)(copy.deepcopy(config)).state_dict()
     # A part that is None, such as a pooler that was left out, may be missing.
     missing = [name for name in made if name not in weights and getattr(base, name.split(".")[0], None) is not None]
     other = [name for name in weights if name not in made or weights[name].shape != made[name].shape]

@@ -71,6 +71,13 @@ def column_names(rows: Dataset | IterableDataset) -> list[str]:
 def text_columns(names: list[str], name: str, paired: bool | None = None, scores: Sequence[str] = ()) -> list[str]:
     """Choose the columns that hold texts, in the order anchor, positive, negatives.
 
+        anchor, positive, negative_1, negative_2    all four
+        id, question, answer                        question, answer; a warning names id
+        title, text                                 text; if `paired`, title and text
+        question, answer, context                   refused, because answer and context could be the positive
+        sentence1, sentence2, score                 refused, because score judges the pairs
+        frage, antwort                              refused, because these names are not known
+
     Args:
         names: the names of all columns.
         name: the name of the rows in messages.

@@ -3,6 +3,11 @@
     premise, hypothesis, label      also sentence1 and sentence2, question1 and question2, and similar names (`known_columns`);
                                     also labels, gold_label, is_duplicate, is_paraphrase in place of label
 
+        {"premise": "a man plays a guitar", "hypothesis": "a man makes music", "label": "entailment"}
+        {"premise": "a man plays a guitar", "hypothesis": "a man is asleep", "label": "contradiction"}
+        {"premise": "a man plays a guitar", "hypothesis": "a man is in a band", "label": "neutral"}
+    ->  {"anchor": "a man plays a guitar", "positive": ["a man makes music"], "negatives": ["a man is asleep"]}
+
 Pairs with inference labels (entailment, neutral, contradiction) become triplets, as in SimCSE's NLI file
 (https://arxiv.org/abs/2104.08821, section 4). The anchor is a premise. Its positives are the hypotheses that it entails. Its
 hard negative is the first hypothesis in the file that contradicts it. A premise is left out if it lacks a positive or a

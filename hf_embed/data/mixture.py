@@ -6,6 +6,8 @@ n_i rows and weight w_i is drawn with the probability
 
     p_i = w_i n_i^alpha / sum_j w_j n_j^alpha
 
+With alpha = 0.5 and equal weights, a source of 10,000 rows is drawn ten times as often as one of 100 rows.
+
 A YAML file can list the sources (`hf_embed.data.source_files`).
 """
 
@@ -197,7 +199,12 @@ def source_rows(
 
 def has_several_positives(table: Dataset | Stream) -> bool:
     """Return whether tokenized rows hold the hashes of other positives."""
-    return table.several if isinstance(table, Stream) else "other_ids" in table.column_names
+    return table.several_positives if isinstance(table, Stream) else "other_ids" in table.column_names
+
+
+def row_width(table: Dataset | Stream) -> int:
+    """Return the number of texts in the largest tokenized row. A single text counts as two: it is its own positive."""
+    return table.texts_per_row if isinstance(table, Stream) else max(2, most_texts(table))
 
 
 def data_seed(args: "ContrastiveTrainingArguments") -> int:
@@ -216,7 +223,7 @@ class Mixture(torch.utils.data.Dataset):
         self.objectives = [source.own_objective for source in sources]  # None: the objective of the trainer
         self.tables, self.sizes = tables, [len(table) for table in tables]
         self.streams = frozenset(i for i, table in enumerate(tables) if isinstance(table, Stream))
-        self.views = [table.views if isinstance(table, Stream) else max(2, most_texts(table)) for table in tables]
+        self.texts_per_row = list(map(row_width, tables))
         logs = [math.log(source.weight) + alpha * math.log(size) for source, size in zip(sources, self.sizes)]
         self.probabilities = torch.tensor(logs, dtype=torch.float64).softmax(0).tolist()
 

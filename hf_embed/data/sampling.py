@@ -28,6 +28,8 @@ class GlobalBatchSampler(Sampler[list[int]]):
 
         >>> list(GlobalBatchSampler(rows=5, batch_size=2, rank=0, ranks=1, seed=1))
         [[4, 2], [1, 0]]
+        >>> [list(GlobalBatchSampler(rows=5, batch_size=1, rank=rank, ranks=2, seed=1)) for rank in (0, 1)]
+        [[[4], [1]], [[2], [0]]]
     """
 
     def __init__(self, rows: int, batch_size: int, rank: int, ranks: int, seed: int, drop_last: bool = False):

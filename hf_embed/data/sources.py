@@ -1,5 +1,7 @@
 """Readers that turn files and Hub datasets into rows of text. The rows are checked before any computation starts.
 
+(A `Source`, which is rows with settings of their own, is in `hf_embed.data.mixture`.)
+
 `hf_embed.data.known_columns` lists the columns that rows may have. A cell holds a text. A cell of positives or negatives may
 also hold a list of texts, as in FlagEmbedding's jsonl, and in place of a text a passage, {"title": ..., "text": ...}: it is
 read as its title, a space and its text. A cell of negatives may be null, because a row may have fewer negatives than other
@@ -12,7 +14,7 @@ import logging
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow.parquet
 from datasets import Dataset, DatasetDict, IterableDataset, Value
@@ -50,7 +52,7 @@ def read_file(
         InputError: if a file is missing, empty, of another kind, or has an invalid line.
     """
     paths = [path] if isinstance(path, str) else path
-    kind = check_files(paths)
+    kind = checked_kind(paths)
     if kind != "parquet":
         table = text_files.Table(header, quoting)
         rows = text_files.stream(paths, table) if streaming else text_files.load(paths, table)
@@ -87,7 +89,7 @@ def is_empty(rows: IterableDataset, path: str) -> bool:
 
 def first_cells(path: str) -> list[str] | None:
     """Return the first row of a csv or tsv file, possibly a header, in lower case. Return None for other kinds of files."""
-    if check_files([path]) not in text_files.SEPARATORS:
+    if checked_kind([path]) not in text_files.SEPARATORS:
         return None
     return [cell.lower() for cell in text_files.table_columns(path, text_files.Table())]
 
@@ -132,7 +134,7 @@ def check_alike(paths: list[str]) -> None:
                 )
 
 
-def check_files(paths: list[str]) -> str:
+def checked_kind(paths: list[str]) -> str:
     """Return the kind of the files, which must be the same for all of them.
 
     Raises:
@@ -280,10 +282,18 @@ def row_texts(row: dict, columns: list[str], where: str) -> list[str]:
     return texts
 
 
-def rows_by_positive(row: dict, columns: list[str], where: str) -> list[tuple[list[str], list[str]]]:
-    """Return a pair (texts as in `row_texts`, other positives) for each positive of a row.
+class RowTexts(NamedTuple):
+    """The texts of a row with one of its positives."""
 
-        {"query": "q", "pos": ["a", "b"], "neg": ["c"]} -> [(["q", "a", "c"], ["b"]), (["q", "b", "c"], ["a"])]
+    texts: list[str]  # anchor, positive, negatives; or a single text
+    others: list[str]  # the other positives of the row
+
+
+def rows_by_positive(row: dict, columns: list[str], where: str) -> list[RowTexts]:
+    """Return the texts of a row once for each of its positives.
+
+        {"query": "q", "pos": ["a", "b"], "neg": ["c"]}
+        -> [RowTexts(["q", "a", "c"], others=["b"]), RowTexts(["q", "b", "c"], others=["a"])]
 
     Raises:
         EmptyTextError: if the list of positives is empty, or a text is missing or empty.
@@ -291,15 +301,15 @@ def rows_by_positive(row: dict, columns: list[str], where: str) -> list[tuple[li
     """
     positives = row.get(columns[1]) if len(columns) > 1 else None
     if not isinstance(positives, list):
-        return [(row_texts(row, columns, where), [])]
+        return [RowTexts(row_texts(row, columns, where), [])]
     if not positives:
         raise EmptyTextError(f"{where}, column '{columns[1]}': there is no positive; add one or delete the row")
     texts = [row_texts(row | {columns[1]: positive}, columns, where) for positive in positives]
     different = {own[1]: own for own in texts}  # the same positive may be listed twice
-    return [(own, [other for other in different if other != positive]) for positive, own in different.items()]
+    return [RowTexts(own, [other for other in different if other != positive]) for positive, own in different.items()]
 
 
-def kept_rows(row: dict, columns: list[str], where: str, drop: bool) -> list[tuple[list[str], list[str]]]:
+def kept_rows(row: dict, columns: list[str], where: str, drop: bool) -> list[RowTexts]:
     """Return what `rows_by_positive` returns, or nothing for a row with an empty text if such rows are dropped."""
     try:
         return rows_by_positive(row, columns, where)
@@ -326,7 +336,7 @@ def plain_rows(rows: Dataset, columns: list[str], name: str) -> Iterator[dict]:
 def texts_of(rows: Dataset, columns: list[str], name: str) -> Iterator[list[str]]:
     """Yield the texts of a table's rows, as `rows_by_positive` returns them. Raise InputError if a text is empty or wrong."""
     for number, row in enumerate(plain_rows(rows, columns, name), 1):
-        yield from (texts for texts, _ in rows_by_positive(row, columns, f"{name}, row {number}"))
+        yield from (made.texts for made in rows_by_positive(row, columns, f"{name}, row {number}"))
 
 
 def check_first_texts(rows: Iterable[dict], columns: list[str], name: str) -> None:

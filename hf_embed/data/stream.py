@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator
-from itertools import chain, islice
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import pyarrow
@@ -11,7 +11,7 @@ from datasets.distributed import split_dataset_by_node
 
 from hf_embed.data.columns import FIRST_ROWS, column_names, negative_columns, text_columns, warn_of_judgements
 from hf_embed.data.sampling import generator
-from hf_embed.data.sources import check_first_texts, kept_rows
+from hf_embed.data.sources import RowTexts, check_first_texts, kept_rows
 from hf_embed.data.tokenization import RowTokenizer, too_few_rows
 from hf_embed.errors import InputError, RankError, first_line
 from hf_embed.library_internals import was_cut, was_split
@@ -39,9 +39,9 @@ class Stream:
         self.columns = text_columns(column_names(source.rows), source.label)
         self.rows, self.rank, self.ranks, self.seed, self.buffer_size = source.rows, rank, ranks, seed, buffer_size
         self.size = source.size or 0  # `Source` guarantees that the size is set
-        self.read = 0  # the number of rows that have been read from `endless`
-        self.endless: Iterator[tuple[list[str], list[str]]] | None = None
-        self.views = 2 + (len(self.columns[2:]) if source.negatives is None else source.negatives)
+        self.endless: Iterator[RowTexts] | None = None  # all passes, from the row with the number `next_number` on
+        self.next_number = 0
+        self.texts_per_row = 2 + (len(self.columns[2:]) if source.negatives is None else source.negatives)
         first = list(islice(source.rows, FIRST_ROWS))
         lists = any(isinstance(row.get(column), list) for row in first for column in self.columns[2:])
         if lists and source.negatives is None:
@@ -64,8 +64,8 @@ class Stream:
             unused = dict.fromkeys(column for row in first for column in row if column not in self.columns)
             warn_of_judgements(first, list(unused), self.label)
         # Whether the cells of positives are lists.
-        self.several = any(isinstance(row.get(column), list) for row in first for column in self.columns[1:2])
-        texts = [own for number, row in enumerate(first, 1) for own, _ in self.texts(row, f"row {number}")]
+        self.several_positives = any(isinstance(row.get(column), list) for row in first for column in self.columns[1:2])
+        texts = [made.texts for number, row in enumerate(first, 1) for made in self.by_positive(row, f"row {number}")]
         if max(len(first), len(texts)) < 2:
             raise too_few_rows(len(texts), self.label)
         tokens = self.tokenizer(texts)
@@ -76,12 +76,12 @@ class Stream:
         return self.size
 
     def __getitems__(self, numbers: list[int]) -> list[dict]:
-        if self.endless is None or numbers[0] < self.read:
-            self.endless, self.read = self.passes(), 0
-        texts = list(islice(self.endless, numbers[0] - self.read, numbers[-1] + 1 - self.read))
-        self.read = numbers[-1] + 1
-        others = [others_of_row for _, others_of_row in texts] if self.several else None
-        columns = self.tokenizer([own for own, _ in texts], others, MOST_POSITIVES - 1)
+        if self.endless is None or numbers[0] < self.next_number:
+            self.endless, self.next_number = self.passes(), 0
+        rows = list(islice(self.endless, numbers[0] - self.next_number, numbers[-1] + 1 - self.next_number))
+        self.next_number = numbers[-1] + 1
+        others = [row.others for row in rows] if self.several_positives else None
+        columns = self.tokenizer([row.texts for row in rows], others, MOST_POSITIVES - 1)
         return [dict(zip(columns, row)) for row in zip(*columns.values())]
 
     def one_pass(self, turn: int) -> IterableDataset:
@@ -95,52 +95,50 @@ class Stream:
             return shuffled.filter(lambda row, number: number % self.ranks == self.rank, with_indices=True)
         return split_dataset_by_node(shuffled, self.rank, self.ranks)
 
-    def passes(self) -> Iterator[tuple[list[str], list[str]]]:
-        """Read one pass after another, without end. Yield the texts of each row and its other positives."""
+    def passes(self) -> Iterator[RowTexts]:
+        """Read one pass after another, without end."""
         turn = 0
         while True:
             kept = dropped = 0
-            # iter() would give a worker process only a part of the rows. Here each worker skips the rows of other workers.
-            batches = self.one_pass(turn).iter(batch_size=256)
-            while (texts := self.next_texts(batches)) is not None:
-                dropped += texts.count([])
-                kept += len(texts) - texts.count([])
-                yield from chain.from_iterable(texts)
+            for made in self.rows_of_pass(turn):
+                kept += bool(made)
+                dropped += not made
+                yield from made
             if dropped and turn == 0:
                 logger.warning(f"{self.label}: {dropped:,} of {kept + dropped:,} rows had an empty text and were dropped")
             if not kept:
                 raise RankError(f"{self.label}: there are no rows for this process; give more rows or files than processes")
             turn += 1
 
-    def next_texts(self, batches: Iterator[dict]) -> list[list[tuple[list[str], list[str]]]] | None:
-        """Read the rows of the next batch in the form that `texts` returns. Return None after the last batch."""
+    def rows_of_pass(self, turn: int) -> Iterator[list[RowTexts]]:
+        """Yield what `by_positive` returns for each row of a pass. The rows are checked 256 at a time."""
         try:
-            batch = next(batches, None)
-            if batch is None:
-                return None
-            late = negative_columns([column for column in batch if column not in self.columns])
-            if late and self.negatives != 0:
-                raise InputError(
-                    f"{self.label}: column {late[0]} begins after the first rows; give it in each row, maybe as null, or set "
-                    "negatives: 0 to use none"
-                )
-            rows = range(max(map(len, batch.values())))
-            return [self.texts({name: batch[name][i] for name in self.columns if name in batch}) for i in rows]
+            # iter() would give a worker process only a part of the rows. Here each worker skips the rows of other workers.
+            for batch in self.one_pass(turn).iter(batch_size=256):
+                late = negative_columns([column for column in batch if column not in self.columns])
+                if late and self.negatives != 0:
+                    raise InputError(
+                        f"{self.label}: column {late[0]} begins after the first rows; give it in each row, maybe as null, or "
+                        "set negatives: 0 to use none"
+                    )
+                numbers = range(max(map(len, batch.values())))
+                rows = [{name: batch[name][i] for name in self.columns if name in batch} for i in numbers]
+                yield from [self.by_positive(row) for row in rows]
         except InputError as error:
             raise RankError(str(error)) from error
         except Exception as error:  # the readers and the file systems below them raise many kinds of errors
             raise RankError(f"{self.label}: the next rows cannot be read: {first_line(error)}") from error
 
-    def texts(self, row: dict, place: str = "") -> list[tuple[list[str], list[str]]]:
-        """Return (texts, other positives) for each positive of a row, or nothing if the row is dropped.
+    def by_positive(self, row: dict, place: str = "") -> list[RowTexts]:
+        """Return the texts of a row once for each of its positives, or nothing if the row is dropped.
 
         `place` is what messages call the row. Default: its first characters, because the rows are shuffled.
         """
         where = f"{self.label}, {place or f'the row {str(row)[:60]}...'}"
         made = kept_rows(row, self.columns, where, self.drop)
-        if len(made) > (MOST_POSITIVES if self.several else 1):
-            most = f"at most {MOST_POSITIVES}" if self.several else f"one, as in its first {FIRST_ROWS} rows"
+        if len(made) > (MOST_POSITIVES if self.several_positives else 1):
+            most = f"at most {MOST_POSITIVES}" if self.several_positives else f"one, as in its first {FIRST_ROWS} rows"
             raise InputError(
                 f"{where} has {len(made)} positives, but a row of this stream may have {most}; remove streaming: true"
             )
-        return [(texts[: self.views], others) for texts, others in made]
+        return [RowTexts(texts[: self.texts_per_row], others) for texts, others in made]

@@ -62,14 +62,14 @@ class RowTokenizer:
     def __post_init__(self) -> None:
         self.text_length = room_for_text(self.tokenizer, [self.query_prompt, self.document_prompt], self.max_length)
 
-    def __call__(self, rows: list[list[str]], others: list[list[str]] | None = None, width: int = 0) -> dict[str, list]:
+    def __call__(self, rows: list[list[str]], others: list[list[str]] | None = None, most_others: int = 0) -> dict[str, list]:
         """Return the three columns of the rows, and with `others` also the column `other_ids`.
 
         Args:
             rows: the texts of each row.
             others: the other positives of each row.
-            width: the number of hashes in each row of `other_ids`, the same on every rank. The text hashes of `others` are
-                padded with 0 to this number.
+            most_others: the number of hashes in each row of `other_ids`, the same on every rank. The text hashes of `others`
+                are padded with 0 to this number.
         """
         prompted = [(self.document_prompt if i else self.query_prompt) + text for row in rows for i, text in enumerate(row)]
         ids, long = self.tokenize(prompted, self.max_length)
@@ -85,7 +85,7 @@ class RowTokenizer:
             columns["truncated"].append(len(long.intersection(range(start, stop))))
             start = stop
         if others is not None:
-            columns["other_ids"] = self.hashes(others, width)
+            columns["other_ids"] = self.hashes(others, most_others)
         return columns
 
     def hashes(self, rows: list[list[str]], width: int) -> list[list[int]]:
@@ -139,14 +139,14 @@ def tokenize_table(
     if len(columns) > 1 and not scores:
         warn_of_judgements(rows, [column for column in rows.column_names if column not in columns], name)
     rows = rows.select_columns(columns + scores)  # cells of other columns may hold values that Python cannot represent
-    others = most_positives(rows, columns) - 1
-    most = None if negatives is None else 2 + negatives
+    most_others = most_positives(rows, columns) - 1
+    texts_used = None if negatives is None else 2 + negatives
 
     def convert(batch: dict[str, list], numbers: list[int]) -> dict[str, list]:
-        found = list(rows_of_batch(batch, numbers, columns, scores, name, most, drop_empty_rows))
+        found = list(rows_of_batch(batch, numbers, columns, scores, name, texts_used, drop_empty_rows))
         texts = [row.texts for row in found]
-        made = tokenizer(texts, [row.others for row in found] if others else None, others)
-        if others:
+        made = tokenizer(texts, [row.others for row in found] if most_others else None, most_others)
+        if most_others:
             made["row"] = [row.number for row in found]
         if scores:
             made["scores"] = [row.scores for row in found]
@@ -157,7 +157,7 @@ def tokenize_table(
     with table_bars():
         settings = {"batched": True, "with_indices": True, "remove_columns": rows.column_names, "desc": f"Tokenizing {name}"}
         tokens = cached_map(rows, convert, **settings)
-    report_rows(tokens, len(rows), others, name)
+    report_rows(tokens, len(rows), most_others > 0, name)
     return tokens
 
 
@@ -222,23 +222,23 @@ def rows_of_batch(
             yield Row(number, texts[:most], others, graded[: len(texts[:most]) - 1])
 
 
-def report_rows(tokens: Dataset, rows: int, others: int, name: str) -> None:
+def report_rows(tokens: Dataset, rows_before: int, several_positives: bool, name: str) -> None:
     """Warn about rows that were dropped and rows with several positives.
 
     Args:
         tokens: the tokenized rows.
-        rows: the number of rows of the table.
-        others: the largest number of other positives of a row.
+        rows_before: the number of rows of the table.
+        several_positives: whether a row of the table has several positives, so that `tokens` has the column `row`.
         name: the name of the rows in messages.
 
     Raises:
         InputError: if fewer than two rows are left.
     """
-    others = others if len(tokens) else 0  # a table without rows has no column `row`
-    kept = different_rows(tokens) if others else len(tokens)
-    if kept < rows:
-        logger.warning(f"{name}: {rows - kept:,} of {rows:,} rows had an empty text and were dropped")
-    if others:
+    several_positives = several_positives and len(tokens) > 0  # a table without rows has no columns
+    kept = different_rows(tokens) if several_positives else len(tokens)
+    if kept < rows_before:
+        logger.warning(f"{name}: {rows_before - kept:,} of {rows_before:,} rows had an empty text and were dropped")
+    if several_positives:
         logger.warning(
             f"{name}: {kept:,} rows became {len(tokens):,}, one per positive; a row's other positives are not its negatives"
         )

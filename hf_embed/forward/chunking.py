@@ -81,6 +81,11 @@ def split_chunks(chunks: list[list[int]], count: int) -> list[list[int]]:
 def pad_chunk(ids: Tensor, lengths: Tensor, pad_id: int) -> tuple[Tensor, Tensor]:
     """Pad the texts of one chunk. Here S is the number of tokens in the chunk.
 
+    >>> pad_chunk(torch.tensor([7, 8, 9, 5]), torch.tensor([3, 1]), pad_id=0)
+    (tensor([[7, 8, 9],
+            [5, 0, 0]]), tensor([[1, 1, 1],
+            [1, 0, 0]]))
+
     Args:
         ids: (S,) token ids of all texts of the chunk, one text after the other.
         lengths: (b,) the number of tokens of each text. It is a CPU tensor, so that reading it does not wait for the GPU.

@@ -167,7 +167,7 @@ class FunctionObjective(Objective):
         if not isinstance(loss, Tensor) or loss.numel() != 1 or (batch.embeddings.requires_grad and not loss.requires_grad):
             shape = f" of shape {tuple(loss.shape)}, gradient {loss.requires_grad}" if isinstance(loss, Tensor) else ""
             raise InputError(
-                f"the objective {called(self)} returns a {type(loss).__name__}{shape}; return the mean loss of the rows, a "
+                f"the objective {loss_name(self)} returns a {type(loss).__name__}{shape}; return the mean loss of the rows, a "
                 "tensor of one number that is computed from the embeddings"
             )
         return loss.view(())
@@ -187,7 +187,7 @@ def parameters_of(function: Callable[..., Tensor]) -> Mapping[str, inspect.Param
         return {}
 
 
-def called(objective: Objective) -> str:
+def loss_name(objective: Objective) -> str:
     """Return what error messages call an objective: the name of its class, or of the function that it wraps."""
     loss = objective.function if isinstance(objective, FunctionObjective) else objective
     return getattr(loss, "__name__", type(loss).__name__)
@@ -201,7 +201,7 @@ def check_other_positives(objective: Objective, name: str) -> None:
     """
     if not objective.takes_other_ids:
         raise InputError(
-            f"{name}: rows have several positives, but the objective {called(objective)} has no parameter other_ids, so a "
+            f"{name}: rows have several positives, but the objective {loss_name(objective)} has no parameter other_ids, so a "
             "row's other positives would be its negatives; add other_ids=None (see hf_embed.objectives.base), or give each row "
             "one positive"
         )

@@ -222,7 +222,12 @@ def candidates_of(queries: Tensor, documents: Tensor, ids: RowIds, rows: range) 
     """Return the queries and the documents of all rows under the names "query" and "doc", which the directions use.
 
     The partners of a query are the positive and the other positives of its row. The first partner of a positive is its query;
-    its further partners are the other positives of its row. A hard negative has no partner.
+    its further partners are the other positives of its row. A hard negative has no partner. With two rows of three texts, q0 d0
+    n0 and q1 d1 n1, and row 1 as the tile:
+
+                 vectors        partner_ids    tile_places
+        query    q0 q1          d0 d1          1:2
+        doc      d0 n0 d1 n1    q0 0 q1 0      2:4:2
     """
     per_row, text_ids = len(documents) // len(queries), ids.texts
     others = text_ids[:, :0] if ids.others is None else ids.others  # (N, W)

@@ -87,11 +87,11 @@ class SimCSE(Objective):
 
     def mean_loss(self, batch: Batch) -> Tensor:
         """Return the mean loss of the own rows, a scalar."""
-        everyone, ids, teacher = batch.all_embeddings, batch.all_text_ids, batch.needed.get("teacher")
+        ids, teacher = batch.all_text_ids, batch.needed.get("teacher")
         labels = torch.arange(batch.own.start, batch.own.stop, device=ids.device)  # (B,) each positive among the candidates
         anchors = F.normalize(batch.embeddings[:, 0], dim=-1)  # (B, D)
-        # Candidates: all positives, then all first negatives, then all second negatives, and so on.
-        candidates = F.normalize(by_view(everyone[:, 1:]), dim=-1)  # ((V - 1) * N, D)
+        # Candidates: all positives, then all first negatives, and so on; with two rows of three texts p0 p1 n0 n1.
+        candidates = F.normalize(by_view(batch.all_embeddings[:, 1:]), dim=-1)  # ((V - 1) * N, D)
         candidate_ids = by_view(ids[:, 1:])
         partners = None
         if self.mask_other_positives:
@@ -99,14 +99,14 @@ class SimCSE(Objective):
             partners[:, 0] = ids[:, 0]
             partners = by_view(partners)
 
-        def losses(own: slice) -> Tensor:
-            """Return the losses of the T own rows of a tile, (T,)."""
-            places = labels[own]
+        def losses(tile: slice) -> Tensor:
+            """Return the losses of T of the own rows, (T,)."""
+            places = labels[tile]
             rows = torch.arange(len(places), device=places.device)
-            logits = anchors[own] @ candidates.T / batch.temperature  # (T, (V - 1) * N)
+            logits = anchors[tile] @ candidates.T / batch.temperature  # (T, (V - 1) * N)
             if self.hard_negative_weight:  # equation 8: a logit w multiplies the row's own terms by alpha = e^w
-                views = torch.arange(1, everyone.shape[1] - 1, device=places.device)
-                own_negatives = rows.unsqueeze(1), places.unsqueeze(1) + len(everyone) * views  # (T, 1) and (T, V - 2)
+                views = torch.arange(1, ids.shape[1] - 1, device=places.device)
+                own_negatives = rows.unsqueeze(1), places.unsqueeze(1) + len(ids) * views  # (T, 1) and (T, V - 2)
                 logits = logits.index_put(own_negatives, logits.new_full((), self.hard_negative_weight), accumulate=True)
             judged = limit = others = None
             if self.guide_margin is not None and teacher is not None:
@@ -114,7 +114,7 @@ class SimCSE(Objective):
                 limit = judged[rows, places] - self.guide_margin
             if self.mask_other_positives and batch.other_ids is not None:
                 others = batch.other_ids[places]
-            dropped = false_negatives(batch.text_ids[own], candidate_ids, places, partners, judged, limit, others)
+            dropped = false_negatives(batch.text_ids[tile], candidate_ids, places, partners, judged, limit, others)
             # Equations 1, 4 and 5: minus the log of the positive's share in the softmax. A left-out candidate gets -inf.
             return F.cross_entropy(logits.masked_fill(dropped, float("-inf")), places, reduction="none")
 

@@ -2,14 +2,13 @@
 
 import dataclasses
 import logging
-import math
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from hf_embed.errors import InputError
-from hf_embed.ranges import is_one_of
+from hf_embed.errors import InputError, errors_of
+from hf_embed.ranges import ABOVE_ZERO, Range, check_ranges, is_one_of
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +57,7 @@ class TempScaleConfig:
         values = self.temperature
         values = list(values.values()) if isinstance(values, dict) else values if isinstance(values, list) else [values]
         for value in values:
-            if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
+            if not isinstance(value, int | float) or value not in ABOVE_ZERO:
                 raise InputError(f"TempScale temperature is {value!r}; give a number above 0, for example 0.9")
         if not values:
             raise InputError("TempScale has no temperature; give a number above 0, for example 0.9")
@@ -73,10 +72,8 @@ class TempScaleConfig:
                 raise InputError(f"TempScale names layer {twice[0]} twice; name it once")
         if self.growth is not None and not is_one_of(self.growth, ("log", "power")):
             raise InputError(f"unknown TempScale growth '{self.growth}'; use log or power")
-        if not isinstance(self.reference_length, int) or self.reference_length < 2:
-            raise InputError(f"TempScale reference_length is {self.reference_length!r}; it must be a whole number above 1")
-        if not (isinstance(self.exponent, int | float) and math.isfinite(self.exponent) and self.exponent > 0):
-            raise InputError(f"TempScale exponent is {self.exponent!r}; it must be a number above 0")
+        with errors_of("TempScale"):
+            check_ranges(self, {"reference_length": Range(least=2, whole=True), "exponent": ABOVE_ZERO})
 
     def of_layers(self, layers: int, attending: Collection[int] | None = None) -> list[float]:
         """Return the temperature of each layer of a model with this number of layers.

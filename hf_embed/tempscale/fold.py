@@ -7,6 +7,9 @@ With ' for the transpose, W and b the weight and bias of the query projection, a
 This also holds with rotary position embeddings, because a rotation of the queries commutes with the division. If a norm follows
 the projection, its weight is divided instead.
 
+`fold_tempscale` changes a model in memory. Saving an encoder writes what `folded` returns, and leaves the model as it is. Both
+check first whether the weights can hold the temperature (`check_foldable`).
+
 Shapes: a weight is (out, in) or, of a norm, (out,); a bias is (out,). `out` is the width of a submodule's output.
 """
 
@@ -71,7 +74,7 @@ def unfold_tempscale(model: Model) -> Model:
     if not entry.pop("folded", False):
         raise InputError("no TempScale is folded into this model")
     temperatures = temperatures_of(base, attentions(base), TempScaleConfig.from_dict(entry))
-    write(base, *scaled(base, {name: 1 / temperature for name, temperature in temperatures.items()}))
+    write(base, *new_weights_and_caps(base, {name: 1 / temperature for name, temperature in temperatures.items()}))
     del base.config.temp_scale
     return model
 
@@ -84,7 +87,7 @@ def folded(model: nn.Module, state_dict: Mapping[str, Tensor] | None = None) -> 
     applied = check_foldable(model)
     if hasattr(model, "get_base_model"):
         raise InputError("TempScale cannot be folded into a model with PEFT adapters; call merge_and_unload first")
-    tensors, settings = scaled(model_in(model), applied.temperatures, state_dict)
+    tensors, settings = new_weights_and_caps(model_in(model), applied.temperatures, state_dict)
     return tensors, settings | {"temp_scale": applied.config.to_dict() | {"folded": True}}
 
 
@@ -131,7 +134,7 @@ def why_not_foldable(model: nn.Module) -> InputError | None:
     return None
 
 
-def scaled(
+def new_weights_and_caps(
     model: PreTrainedModel, temperatures: dict[str, float], state_dict: Mapping[str, Tensor] | None = None
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Return new parameters, {name: tensor}, and config entries, {key: number}, that divide the scores by the temperatures."""
@@ -139,7 +142,7 @@ def scaled(
     found = attentions(model)
     tensors: dict[str, Tensor] = {}
     for output in divided_outputs(model, found, temperatures):
-        tensors |= divided(model, output, state_dict)
+        tensors |= new_weights(model, output, state_dict)
     caps = {
         handler.attribute: cap / temperatures[name]
         for name, (_, handler) in found.items()
@@ -149,7 +152,7 @@ def scaled(
 
 
 @torch.no_grad()
-def divided(model: nn.Module, output: Output, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def new_weights(model: nn.Module, output: Output, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return new parameters of a linear layer, a norm or an embedding that divide its output, or a part of it."""
     name, temperature, part, norm_offset = output
     module = model.get_submodule(name)

@@ -112,7 +112,15 @@ def hands_over_scaling(kind: type[nn.Module]) -> bool:
 
 
 def is_given(mask: ast.expr, function: ast.FunctionDef) -> bool:
-    """Return whether a mask is None, an argument of the function, or a choice among these, and not computed there."""
+    """Return whether a mask is given to the function, and not computed there.
+
+        attention_mask                                       given, if it is an argument of the function
+        None                                                 given
+        mask = attention_mask if self.causal else None       `mask` is given
+        mask = attention_mask + bias                         `mask` is computed
+
+    The source of the function decides, and nothing is run.
+    """
     arguments = {argument.arg for argument in (*function.args.args, *function.args.kwonlyargs)}
 
     def is_choice(value: ast.expr) -> bool:

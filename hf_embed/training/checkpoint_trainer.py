@@ -1,7 +1,15 @@
 """A Trainer that writes checkpoints atomically, and that checks a checkpoint before it resumes from it.
 
 A checkpoint is either complete or absent. `hf_embed.checkpoint.whole` seals and checks checkpoints.
-`hf_embed.training.resume` compares the run that wrote a checkpoint with the current run.
+`hf_embed.training.resume` compares the run that wrote a checkpoint with the current run. A checkpoint has
+
+    model.safetensors, config.json, tokenizer.json ...    a model that every loader accepts
+    training.safetensors                                  what exists only in training, if there is anything
+    optimizer.pt, scheduler.pt, rng_state.pth             the states with which a resumed run goes on
+    trainer_state.json                                    the log, the best checkpoint so far, the states of callbacks
+    manifest.json                                         size and hash of each of these files, and facts about the run
+
+The names of some files differ with FSDP and DeepSpeed.
 """
 
 import contextlib
@@ -62,11 +70,11 @@ class CheckpointTrainer(HubTrainer):
     main_objective: Objective
     teacher_identity: str
     watch: Watch
-    optimizer_of: dict[str, Any] | None
+    optimizer_made_for: dict[str, Any] | None
     check_unchanged: Callable[[], None]
-    facts: resume.Facts  # the description of this run; set when the training begins
+    run_facts: resume.Facts  # the description of this run; set when the training begins
     accelerate_state: list[dict[str, Any]]  # that of this trainer; see `set_accelerate_state`
-    scores: dict[int, float]  # the metric that chooses the best model, by step; set when the training begins
+    metric_of_step: dict[int, float]  # the metric that chooses the best model, by step; set when the training begins
 
     @property
     def sharded(self) -> bool:
@@ -93,8 +101,8 @@ class CheckpointTrainer(HubTrainer):
                 "this training does not resume: resume_from_checkpoint of the arguments is only for your script; call "
                 "trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)"
             )
-        self.facts = resume.facts_of(self)
-        resume.check_ranks_alike(gather_objects(self.facts))
+        self.run_facts = resume.facts_of(self)
+        resume.check_ranks_alike(gather_objects(self.run_facts))
         checkpoint = None
         if resume_from_checkpoint:
             checkpoint = on_main(lambda: self.find_checkpoint(resume_from_checkpoint))
@@ -130,7 +138,7 @@ class CheckpointTrainer(HubTrainer):
                     f"{checkpoint}: there is no checkpoint ({TRAINER_STATE_NAME} does not exist); give a checkpoint-N folder"
                 )
             whole.check_whole(checkpoint)
-        for line in resume.compare(checkpoint, whole.read_manifest(checkpoint)["run"], self.facts, self.args.allow_changed):
+        for line in resume.compare(checkpoint, whole.read_manifest(checkpoint)["run"], self.run_facts, self.args.allow_changed):
             logger.warning(line)
         # DeepSpeed stores the states in a folder of its own.
         if not any(name.startswith(("optimizer", "global_step")) for name in whole.names_in(checkpoint)):
@@ -210,7 +218,7 @@ class CheckpointTrainer(HubTrainer):
                     state.save_to_json(str(aside / TRAINER_STATE_NAME))
                 self.accelerator.wait_for_everyone()
                 if args.should_save:
-                    whole.seal(aside, self.facts)
+                    whole.seal(aside, self.run_facts)
                     safe_files.replace_folder(aside, run_dir / name)
         finally:  # remove the temporary folder after an error, or on a machine that keeps no checkpoints
             if args.should_save or args.local_process_index == 0:
@@ -231,8 +239,8 @@ class CheckpointTrainer(HubTrainer):
         if self.stopping:
             return
         marked = self.state.best_model_checkpoint
-        now = self.scores.get(self.state.global_step, math.nan)
-        best = math.nan if marked is None else self.scores.get(whole.step_of(marked) or 0, math.nan)
+        now = self.metric_of_step.get(self.state.global_step, math.nan)
+        best = math.nan if marked is None else self.metric_of_step.get(whole.step_of(marked) or 0, math.nan)
         better = now > best if self.args.greater_is_better else now < best
         if better or (math.isnan(best) and not math.isnan(now)):
             self.state.best_model_checkpoint = str(checkpoint)
@@ -244,7 +252,7 @@ class CheckpointTrainer(HubTrainer):
         """
         better = super()._determine_best_metric(metrics, trial)
         if self.args.metric_for_best_model is not None:
-            self.scores[self.state.global_step] = metrics[self._best_key()]
+            self.metric_of_step[self.state.global_step] = metrics[self._best_key()]
         return better
 
     def _best_key(self) -> str:
@@ -272,13 +280,13 @@ class CheckpointTrainer(HubTrainer):
     ) -> tuple[int, int]:
         if trial is not None:  # the trial has set some of the arguments
             self.check_unchanged()
-            self.facts = resume.facts_of(self)
+            self.run_facts = resume.facts_of(self)
         with hidden_messages(REPLACED_MESSAGES, "transformers.trainer", "transformers.trainer_utils"):
             begun = super()._init_training_state(
                 max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
             )
         key = self._best_key()
-        self.scores = {int(entry["step"]): entry[key] for entry in self.state.log_history if key in entry}
+        self.metric_of_step = {int(entry["step"]): entry[key] for entry in self.state.log_history if key in entry}
         if resume_from_checkpoint is not None:
             # The current flags, and not those in the checkpoint, set the batch size and when to log, evaluate and save.
             self.state.compute_steps(self.args, max_steps)
@@ -286,10 +294,10 @@ class CheckpointTrainer(HubTrainer):
             stored = read_json(Path(resume_from_checkpoint, TRAINER_STATE_NAME), with_nan=True).get("best_model_checkpoint")
             if stored is not None:  # look for it by its name, because the run's folder may have been moved or copied
                 places = [Path(resume_from_checkpoint).parent / Path(stored).name, Path(stored)]
-                self._settle_best(next((place for place in places if place.is_dir()), places[0]))
+                self._record_best(next((place for place in places if place.is_dir()), places[0]))
         return begun
 
-    def _settle_best(self, best: Path) -> None:
+    def _record_best(self, best: Path) -> None:
         """Record a folder as the best checkpoint so far, or record None if the checkpoint is incomplete."""
         reason = on_main(lambda: whole.damage(best))
         self.state.best_model_checkpoint = str(best)
@@ -304,7 +312,7 @@ class CheckpointTrainer(HubTrainer):
         """
         self.use_final_weights()
         if self.state.best_model_checkpoint is not None:
-            self._settle_best(Path(self.state.best_model_checkpoint))
+            self._record_best(Path(self.state.best_model_checkpoint))
         return super()._finalize_training(trial, num_train_samples, start_time)
 
     def _load_best_model(self) -> None:

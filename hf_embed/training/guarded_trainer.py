@@ -19,6 +19,7 @@ from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from hf_embed.arguments import READ_ONCE, ContrastiveTrainingArguments
+from hf_embed.data.mixture import Mixture
 from hf_embed.distributed import gather_objects
 from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError, RankError, listed
@@ -38,7 +39,7 @@ from hf_embed.library_internals import (
     train_batch_size,
 )
 from hf_embed.ranks import PeerWatch, peers_in_one_line, writing_alone
-from hf_embed.step import own_parameters_without
+from hf_embed.step import own_parameters_missing_in
 from hf_embed.training.checkpoint_trainer import CheckpointTrainer
 from hf_embed.training.inputs import check_schedule_of, refuse_uncalled
 from hf_embed.training.record import ends_training
@@ -69,18 +70,17 @@ class GuardedTrainer(CheckpointTrainer):
         self.stop_requests = StopRequests()
         self.step_memory = StepMemory([], torch.device("cpu"))
         self.activations = Activations()
-        self.losses = FiniteLosses()
+        self.finite_losses = FiniteLosses()
         self.rows_trained = 0  # rows of all ranks in this training, from the step where it began or was resumed
-        self.source_losses: dict[int, list[Tensor]] = {}  # the losses of each source since the last log
-        clear_accelerator_state()  # as making the arguments does, which other trainers may have followed
+        clear_accelerator_state()  # making `args` has cleared it, but another trainer may have set it again since then
         super().__init__(*args, **kwargs)
-        self.made_with, self.made_of, self.tokenized_with = self._read_once(), self._parts(), self._for_tokens()
+        self.settings_when_made, self.parts_when_made = self._settings_read_once(), self._fixed_parts()
         parts = ((self.optimizer, OF_OPTIMIZER), (self.lr_scheduler, OF_SCHEDULE))
         # The classes of the optimizer and the schedule that the user gave, and the settings that they replace.
-        self.given = {type(part).__name__: settings for part, settings in parts if part is not None}
+        self.replaced_settings = {type(part).__name__: settings for part, settings in parts if part is not None}
         self.accelerate_state = accelerate_state()
-        self.begun: set[str] = set()  # the weights that required a gradient when the training began
-        self.optimizer_of: dict[str, Any] | None = None  # what the optimizer was made for, if Trainer has made it
+        self.trainable_at_start: set[str] = set()  # the weights that required a gradient when the training began
+        self.optimizer_made_for: dict[str, Any] | None = None  # what the optimizer was made for, if Trainer has made it
         self.check_skipping()
         self.check_caching()
         self.add_callback(self.stop_requests)
@@ -95,31 +95,29 @@ class GuardedTrainer(CheckpointTrainer):
 
     # ---- what may not change after the trainer was made ----
 
-    def _read_once(self) -> dict[str, Any]:
+    def _settings_read_once(self) -> dict[str, Any]:
         """Return the settings that are read only when a trainer is made."""
         return {name: copy.deepcopy(getattr(self.args, name)) for name in READ_ONCE}
 
-    def _parts(self) -> dict[str, Any]:
-        """Return the attributes that cannot be replaced, because others were made from them."""
-        return {name: getattr(self, name) for name in ("train_dataset", "data_collator", "main_objective")}
-
-    def _for_tokens(self) -> dict[str, Any]:
-        """Return the settings of the encoder with which the rows are tokenized, once, when the trainer is made."""
-        return {"encoder.max_length": self.encoder.max_length, "encoder.prompts": dict(self.encoder.prompts)}
+    def _fixed_parts(self) -> dict[str, Any]:
+        """Return what cannot be changed: other parts were made from it, or the rows were tokenized with it."""
+        parts = {name: getattr(self, name) for name in ("train_dataset", "data_collator", "main_objective")}
+        return parts | {"encoder.max_length": self.encoder.max_length, "encoder.prompts": dict(self.encoder.prompts)}
 
     def check_read(self) -> None:
         """Raise InputError if a setting was changed after the trainer was made, and the change would have no effect."""
-        for name, now in self._read_once().items():
-            if now != self.made_with[name]:
+        made = self.settings_when_made
+        for name, now in self._settings_read_once().items():
+            if now != made[name]:
                 raise InputError(
-                    f"{name} was {self.made_with[name]!r} when the trainer was made and is now {now!r}, which would have no "
+                    f"{name} was {made[name]!r} when the trainer was made and is now {now!r}, which would have no "
                     "effect; make a new ContrastiveTrainer with it (hyperparameter_search cannot search it)"
                 )
 
     def _check_parts(self) -> None:
-        """Raise InputError if a part of the trainer, or what the rows were tokenized with, was changed since it was made."""
-        changed = [name for name, part in self._parts().items() if part is not self.made_of[name]]
-        changed += [name for name, value in self._for_tokens().items() if value != self.tokenized_with[name]]
+        """Raise InputError if a fixed part of the trainer, or its model, was changed since the trainer was made."""
+        made = self.parts_when_made  # objects are compared by identity, numbers and texts by value
+        changed = [name for name, part in self._fixed_parts().items() if part is not made[name] and part != made[name]]
         if self.model_init is None and not self.sharded and self.model is not self.step:
             changed.append("model")
         if changed:
@@ -140,7 +138,7 @@ class GuardedTrainer(CheckpointTrainer):
                 "the training, and call train again"
             )
         weights = {} if self.sharded else dict(self.step.named_parameters())
-        late = [name for name, weight in weights.items() if weight.requires_grad and name not in self.begun]
+        late = [name for name, weight in weights.items() if weight.requires_grad and name not in self.trainable_at_start]
         held = {weight for group in cast(Any, self.optimizer).param_groups for weight in group["params"]}
         if late and (self.args.world_size > 1 or not held.issuperset(weights[name] for name in late)):
             raise InputError(
@@ -172,12 +170,12 @@ class GuardedTrainer(CheckpointTrainer):
                 belongs to another optimizer.
         """
         prepared = super()._prepare_for_training(*args, **named)
-        self.begun = {name for name, weight in self.step.named_parameters() if weight.requires_grad}
+        self.trainable_at_start = {name for name, weight in self.step.named_parameters() if weight.requires_grad}
         if not self.sharded:
             self.encoder.check_changed()  # `Trainer` has moved a model of `model_init` to its device
             if not made_schedule(self):
                 check_schedule_of(self.optimizer, self.lr_scheduler)
-            for what in own_parameters_without(cast(Any, self.optimizer), self.step):
+            for what in own_parameters_missing_in(cast(Any, self.optimizer), self.step):
                 raise InputError(
                     f"create_optimizer leaves out the {what}, which would not be trained; give the optimizer all parameters of "
                     "self.model"
@@ -185,19 +183,18 @@ class GuardedTrainer(CheckpointTrainer):
         return prepared
 
     def _renew_optimizer(self) -> None:
-        """Let Trainer make a new optimizer if the one of an earlier training was made for other settings or other weights.
+        """Let Trainer make a new optimizer if that of an earlier training does not suit the next one.
 
-        The same if a schedule that reads the metric has lowered its learning rates.
-
-        An optimizer that the user gave stays.
+        It was made for other settings or other weights, or a schedule that reads the metric has lowered its learning rates. An
+        optimizer that the user gave stays.
         """
         now = {name: getattr(self.args, name) for name in OF_OPTIMIZER}
         now["weights"] = [name for name, parameter in self.step.named_parameters() if parameter.requires_grad]
         lowered = isinstance(self.lr_scheduler, ReduceLROnPlateau | GreedyLR)  # such a schedule changes the rates themselves
-        if self.optimizer_of is not None and (lowered or self.optimizer_of != now):
+        if self.optimizer_made_for is not None and (lowered or self.optimizer_made_for != now):
             self.optimizer = None
-        if self.optimizer_of is not None or self.optimizer is None:
-            self.optimizer_of = now
+        if self.optimizer_made_for is not None or self.optimizer is None:
+            self.optimizer_made_for = now
 
     def hyperparameter_search(self, hp_space: Any = None, compute_objective: Any = None, *args: Any, **named: Any) -> Any:
         """Search as `Trainer.hyperparameter_search` does.
@@ -253,7 +250,7 @@ class GuardedTrainer(CheckpointTrainer):
         """
         set_accelerate_state(self.accelerate_state)  # other arguments or trainers may have emptied or replaced it
         folder, self.stopping, self.activations = Path(str(self.args.output_dir)), False, Activations()
-        self.rows_trained, self.losses, self.source_losses, self.saves_later = 0, FiniteLosses(), {}, False
+        self.rows_trained, self.finite_losses, self.saves_later = 0, FiniteLosses(), False
         # Trainer would read the loss of each micro-batch, for which the host waits for the GPU, to log another in place of a
         # NaN or infinite one. `FiniteLosses` leaves these out.
         filtered, self.args.logging_nan_inf_filter = self.args.logging_nan_inf_filter, False
@@ -299,17 +296,25 @@ class GuardedTrainer(CheckpointTrainer):
         return trained._replace(training_loss=trained.metrics.get("train_loss", trained.training_loss))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as `Trainer` does, but let losses be means of the finite ones. Every rank must call this.
+        """Log as `Trainer` does, but with means of the finite losses, and with more numbers. Every rank must call this.
 
-        The last entry counts the steps of this call only, and the rows that they had, because a batch may not be full. For a
-        resumed training, it also says from which step it counts.
+        A training log also has the loss of each source, the learned temperature and the statistics of the watch. The last entry
+        counts the steps of this call only, and the rows that they had, because a batch may not be full. For a resumed training,
+        it also says from which step it counts.
         """
         if "loss" in logs:
-            logs["loss"] *= self.losses.factor(self.accelerator)
+            logs["loss"] *= self.finite_losses.factor(self.accelerator)
+            for source, loss in self.watch.mean_losses(self.accelerator).items():
+                logs[f"loss_{cast(Mixture, self.train_dataset).names[source]}"] = round(loss, 4)
+            if self.watch.temperature is not None:
+                logs["temperature"] = self.watch.temperature.item()
+            if self.is_world_process_zero():
+                logs |= self.watch.numbers()
         if ends_training(logs):
             steps, seconds = self.state.global_step - self.watch.first_step, max(logs["train_runtime"], 1e-4)
             losses = gather_objects(total_loss(self))  # since the last log, Trainer has added up this rank's losses only
-            logs["train_loss"] = self.losses.factor(self.accelerator, of_all=True) * sum(losses) / len(losses) / max(steps, 1)
+            factor = self.finite_losses.factor(self.accelerator, of_all=True)
+            logs["train_loss"] = factor * sum(losses) / len(losses) / max(steps, 1)
             logs["train_samples_per_second"] = round(self.rows_trained / seconds, 3)
             logs["train_steps_per_second"] = round(steps / seconds, 3)
             if self.watch.first_step:
@@ -382,10 +387,13 @@ class GuardedTrainer(CheckpointTrainer):
                 self._use_less_memory(error)
 
     def _finite(self, loss: Tensor) -> Tensor:
-        """Return the loss of a micro-batch for the log: 0 in place of a NaN or infinite one, if the run goes on after it."""
-        if not goes_on_after_nan(self.args):
+        """Return the loss of a micro-batch for the log: 0 in place of a NaN or infinite one, if the run goes on after it.
+
+        It goes on if it skips such steps, and in fp16, whose gradient scaler skips them.
+        """
+        if self.args.nan_steps != "skip" and not self.args.fp16:
             return loss
-        return self.losses.take(loss, 1 / self.current_gradient_accumulation_steps)
+        return self.finite_losses.take(loss, 1 / self.current_gradient_accumulation_steps)
 
     def _use_less_memory(self, error: torch.OutOfMemoryError) -> None:
         """Recompute all chunks, halve `chunk_tokens`, and warn. Raise the error about full memory if this cannot help."""
@@ -426,15 +434,11 @@ class GuardedTrainer(CheckpointTrainer):
         return norm
 
 
-def goes_on_after_nan(args: ContrastiveTrainingArguments) -> bool:
-    """Return whether a training goes on after a NaN or infinite loss: if it skips these steps, and in fp16."""
-    return args.nan_steps == "skip" or args.fp16
-
-
 class FiniteLosses:
-    """The share of the losses that are finite, by which means over all losses become means over the finite ones.
+    """Turns the mean over all losses into that over the finite ones.
 
-    A micro-batch counts as the part of a step that it is. So the sum of all parts is the number of steps.
+    The losses 2, NaN and 4 reach Trainer as 2, 0 and 4, and their mean is 2. The factor 3 / 2 makes it 3, the mean of 2 and 4.
+    A micro-batch counts as the part of a step that it is.
     """
 
     def __init__(self) -> None:

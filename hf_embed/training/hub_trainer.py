@@ -22,7 +22,7 @@ class HubTrainer(Trainer):
     push_in_progress: PushInProgress | None = None  # type: ignore[assignment]  # Trainer sets it with the repository
 
     def __init__(self, *args: Any, **kwargs: Any):
-        self.named: dict[str, Any] = {}  # facts for the card, from create_model_card and push_to_hub
+        self.card_facts: dict[str, Any] = {}  # facts for the card, from create_model_card and push_to_hub
         super().__init__(*args, **kwargs)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
@@ -53,7 +53,7 @@ class HubTrainer(Trainer):
             The address of the commit, a Future of it if `blocking` is False, or None on all ranks except the main process.
         """
         args = self.args
-        self.named |= card_facts(named)
+        self.card_facts |= card_facts(named)
         self.callback_handler.on_push_begin(args, self.state, self.control)
         if self.hub_model_id is None:
             self.init_hf_repo(token, private)
@@ -95,6 +95,6 @@ class HubTrainer(Trainer):
         Raises:
             InputError: if another argument is given.
         """
-        self.named |= card_facts(named)
+        self.card_facts |= card_facts(named)
         if self.is_world_process_zero():
-            rename_card(self.encoder, str(self.args.output_dir), self.named)
+            rename_card(self.encoder, str(self.args.output_dir), self.card_facts)

@@ -135,14 +135,14 @@ def as_arguments(args: TrainingArguments | None, tasks: Mapping[str, Task]) -> C
     if args is None:
         return ContrastiveTrainingArguments("tmp_trainer")
     if isinstance(args, ContrastiveTrainingArguments):
-        return settled(copy.copy(args))
+        return adjusted(copy.copy(args))
     if isinstance(args, TrainingArguments):
-        return settled(ContrastiveTrainingArguments.of(args, any(task.kind == HeldOut.kind for task in tasks.values())))
+        return adjusted(ContrastiveTrainingArguments.of(args, any(task.kind == HeldOut.kind for task in tasks.values())))
     raise InputError(f"args is {described(args)}; give ContrastiveTrainingArguments(...), or plain TrainingArguments")
 
 
-def settled(args: ContrastiveTrainingArguments) -> ContrastiveTrainingArguments:
-    """Return the copied arguments, without what Trainer would change in the caller's object or count wrongly.
+def adjusted(args: ContrastiveTrainingArguments) -> ContrastiveTrainingArguments:
+    """Adjust copied arguments, so that Trainer writes nothing into the caller's object and counts rightly. Return them.
 
     Raises:
         InputError: if the settings of accelerate accumulate gradients.
@@ -339,9 +339,9 @@ def as_task(given: Any, name: str) -> Task:
     if isinstance(given, Task) and not is_frame(given):
         return given
     rows = stored_rows(given, name)
-    others = [column for column in rows.column_names if column not in COLUMNS]
-    if len(others) + len(COLUMNS) > len(rows.column_names):  # a column of an STS set is missing
+    if not set(COLUMNS) <= set(rows.column_names):  # a column of an STS set is missing
         return held_out(rows, name)
+    others = [column for column in rows.column_names if column not in COLUMNS]
     try:
         pair = text_columns(others, name, paired=True)[:2]
     except InputError:

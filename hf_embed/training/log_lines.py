@@ -82,7 +82,7 @@ def training_numbers(logs: Mapping[str, Any], args: TrainingArguments, geometry:
     return {key.replace("_", " "): digits(value) for key, value in shown.items()}
 
 
-def summary(logs: Mapping[str, Any], state: TrainerState) -> str:
+def closing_line(logs: Mapping[str, Any], state: TrainerState) -> str:
     """Return the line that is shown at the end of a training."""
     steps, seconds = state.global_step, float(logs["train_runtime"])
     own = steps - logs.get("resumed_at_step", 0)
@@ -109,7 +109,7 @@ class LogLines:
     def add(self, logs: Mapping[str, Any], args: TrainingArguments, state: TrainerState, control: TrainerControl) -> list[str]:
         """Add a log entry, and return the lines that can be shown now."""
         if ends_training(logs):
-            return [*self.flush(state), summary(logs, state)]
+            return [*self.flush(state), closing_line(logs, state)]
         if any(key.startswith(f"{self.prefix}_") for key in logs):
             step, before = self.waiting or (state.global_step, {})
             lines = self.flush(state) if step != state.global_step else []

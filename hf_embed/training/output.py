@@ -46,19 +46,15 @@ def check_output(
 def check_room(args: TrainingArguments, step: TrainingStep, optimizer: torch.optim.Optimizer | None) -> None:
     """Raise InputError if one checkpoint, or the model, does not fit. Warn if two checkpoints and the model do not fit."""
     folder, model, checkpoint = str(args.output_dir), model_bytes(step), checkpoint_bytes(args, step, optimizer)
-    what, needed = ("a checkpoint needs", checkpoint) if saves(args) else ("the model needs", model)
+    saves = args.save_strategy != SaveStrategy.NO  # checkpoints during the training
+    what, needed = ("a checkpoint needs", checkpoint) if saves else ("the model needs", model)
     if lack := lack_of_room(folder, needed, what):
         raise InputError(f"output_dir {lack}; free some space there, or {another_place(Path(folder))}")
     most = lack_of_room(folder, 2 * checkpoint + model, "two checkpoints and the model need")
-    if saves(args) and most:
+    if saves and most:
         logger.warning(
             f"output_dir {most}; a new checkpoint is written before an old one is removed, so the disk may become full"
         )
-
-
-def saves(args: TrainingArguments) -> bool:
-    """Return whether checkpoints are saved during training."""
-    return args.save_strategy != SaveStrategy.NO
 
 
 def model_bytes(step: TrainingStep) -> int:

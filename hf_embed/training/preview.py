@@ -1,4 +1,12 @@
-"""A preview of training rows as the model reads them: with prompts, truncated, and decoded from their token ids."""
+"""A preview of training rows as the model reads them: with prompts, truncated, and decoded from their token ids.
+
+    as the model reads faq.csv: 3,040 rows, 12 of 9,120 texts truncated to 128 tokens
+    row 1  anchor      18 tokens  the otters have come back to the city canal, thanks to clean...
+           positive    21 tokens  less pollution has allowed those sleek mammals to return to ...
+           negative    17 tokens  the otters have left the city canal because the water is so ...  (and 2 more)
+
+`ContrastiveTrainer.preview` returns these lines.
+"""
 
 from itertools import islice
 from typing import Any
@@ -17,13 +25,7 @@ SHOWN_ROWS = 2
 SHOWN_SOURCES = 6
 
 
-def preview(
-    rows: Dataset | Mixture,
-    encoder: Encoder,
-    name: str,
-    same_dropout_mask: bool = False,
-    objective: Objective | None = None,
-) -> list[str]:
+def preview(rows: Dataset | Mixture, encoder: Encoder, name: str, same_dropout_mask: bool, objective: Objective) -> list[str]:
     """Return lines that describe the training rows, and that show the texts of two rows.
 
     With several sources, the two rows are from the first source.
@@ -32,16 +34,15 @@ def preview(
         rows: the tokenized training rows.
         encoder: its tokenizer decodes the token ids.
         name: the name of the rows.
-        same_dropout_mask: whether both views of a single text have the same dropout mask.
-        objective: the objective of the first source, if a single text may have no positive (one that learns vectors).
+        same_dropout_mask: whether a single text and its copy, the positive, have the same dropout mask.
+        objective: the objective of these rows. If it learns vectors, a single text has no positive.
     """
     table = rows.tables[0] if isinstance(rows, Mixture) else rows
     shown = first_rows(table)
     lines = [heading(rows, table, encoder, name)]
     for number, row in enumerate(shown, 1):
-        lines += [f"{f'row {number}' if i == 0 else '':5}  {line}" for i, line in enumerate(row_lines(row, encoder))]
-    learns_vectors = objective is not None and "target" in objective.needs
-    if not learns_vectors and any(len(row["input_ids"]) == 1 for row in shown):
+        lines += row_lines(row, encoder, f"row {number}")
+    if "target" not in objective.needs and any(len(row["input_ids"]) == 1 for row in shown):
         masks = "under one dropout mask" if same_dropout_mask else "under two dropout masks"
         masks = masks if any(dropout_rates(encoder.backbone).values()) else "with the same vector: the model has no dropout"
         lines.append(f"{'':5}  the positive is the same text, {masks}")
@@ -52,8 +53,8 @@ def first_rows(table: Dataset | Stream) -> list[dict[str, Any]]:
     """Return the first rows, tokenized. Reading them from a streaming dataset does not remove them from the training."""
     if isinstance(table, Dataset):
         return table.__getitems__(list(range(min(SHOWN_ROWS, len(table)))))
-    found = [table.texts(row) or [] for row in islice(table.rows, SHOWN_ROWS)]  # a row with several positives becomes several
-    columns = table.tokenizer([texts for rows in found for texts, _ in rows][:SHOWN_ROWS])
+    rows = [made for row in islice(table.rows, SHOWN_ROWS) for made in table.by_positive(row)]
+    columns = table.tokenizer([row.texts for row in rows[:SHOWN_ROWS]])
     return [dict(zip(columns, row)) for row in zip(*columns.values())]
 
 
@@ -72,10 +73,10 @@ def heading(rows: Dataset | Mixture, table: Dataset | Stream, encoder: Encoder, 
     return f"as the model reads {name}: {cut}"
 
 
-def row_lines(row: dict[str, Any], encoder: Encoder) -> list[str]:
+def row_lines(row: dict[str, Any], encoder: Encoder, label: str) -> list[str]:
     """Return one line for each text of a row: its role, its number of tokens, its beginning, and its score if it has one.
 
-    Only the first of several negatives is shown.
+    Only the first of several negatives is shown. `label` stands before the first line.
     """
     texts = row["input_ids"]
     roles = ["text"] if len(texts) == 1 else ["anchor", "positive", "negative"]
@@ -87,4 +88,4 @@ def row_lines(row: dict[str, Any], encoder: Encoder) -> list[str]:
         lines[place] += f"  (score {score:.4g})"
     if len(texts) > len(roles):
         lines[-1] += f"  (and {len(texts) - len(roles)} more)"
-    return lines
+    return [f"{'' if i else label:5}  {line}" for i, line in enumerate(lines)]

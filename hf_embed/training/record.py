@@ -72,7 +72,7 @@ def training_results(trainer: "ContrastiveTrainer") -> Results:
     weights the model has. If there is neither, they come from the last evaluation, and `train` holds the step of that
     evaluation (`scored_step`).
     """
-    results: Results = {"card": trainer.named} if trainer.named else {}
+    results: Results = {"card": trainer.card_facts} if trainer.card_facts else {}
     if not trainer.describes_itself:
         return results
     trained = trainer.state.global_step > 0
@@ -80,8 +80,8 @@ def training_results(trainer: "ContrastiveTrainer") -> Results:
     if scores:
         # The log of this process also has the entries from before the training, and that of the run those of a resumed run.
         logged = [*trainer.state.log_history, *trainer.watch.history] if trained else []
-        before = metrics_of(entry for entry in logged if entry.get("step") == 0 and entry not in trainer.left_out)
-        results |= {"before": summary(before, trainer.scored), "after": summary(scores, trainer.scored)}
+        before = metrics_of(entry for entry in logged if entry.get("step") == 0 and entry not in trainer.unrecorded)
+        results |= {"before": summary(before, trainer.scored_tasks), "after": summary(scores, trainer.scored_tasks)}
     if trained:
         results["train"] = about_training(trainer, scores)
         if scores and step is not None:
@@ -97,13 +97,13 @@ def note_scores(trainer: "ContrastiveTrainer", tasks: Mapping[str, Task]) -> Non
     """
     own = trainer.eval_dataset or {}
     if others := [name for name, task in tasks.items() if name in own and not same_rows(task, own[name])]:
-        trainer.left_out.append(trainer.state.log_history[-1])
+        trainer.unrecorded.append(trainer.state.log_history[-1])
         logger.warning(
             f"evaluate: '{others[0]}' is the name of the trainer's own evaluation set, so the scores of these other rows "
             'are not in the model card; give them another name, for example {"test": rows}'
         )
     else:
-        trainer.scored |= tasks
+        trainer.scored_tasks |= tasks
 
 
 def same_rows(one: Task, other: Task) -> bool:
@@ -116,18 +116,24 @@ def same_rows(one: Task, other: Task) -> bool:
 def last_scores(trainer: "ContrastiveTrainer") -> tuple[dict[str, float], float | None]:
     """Return metrics, and the step of the evaluation that they come from.
 
-    The step is None if the metrics belong to the current model. Otherwise they are those of the last evaluation.
+    The step is None if the metrics belong to the current model. Otherwise they are those of the last evaluation. For example,
+    if the training ended at step 200 and then loaded the best checkpoint, that of step 100:
+
+        {"step": 100, "eval_dev_spearman": 70.1}     of the current model
+        {"step": 200, "eval_dev_spearman": 69.0}     of other weights
+        {"step": 200, "train_runtime": 12.0}         the end of the training
+        {"step": 200, "eval_test_spearman": 65.0}    of the current model, as everything after the end
     """
-    history = [entry for entry in trainer.state.log_history if entry not in trainer.left_out]
+    history = [entry for entry in trainer.state.log_history if entry not in trainer.unrecorded]
     ends = [i for i, entry in enumerate(history) if ends_training(entry)]
-    behind = history[ends[-1] + 1 :] if ends else []
+    after_end = history[ends[-1] + 1 :] if ends else []
     step = step_of_weights(trainer)
-    during = [entry for entry in history if any(key.startswith("eval_") for key in entry)]
-    found = [entry for entry in during if entry.get("step") == step and entry not in behind] + behind
-    if scores := metrics_of(found):
+    evaluations = [entry for entry in history if any(key.startswith("eval_") for key in entry)]
+    of_model = [entry for entry in evaluations if entry.get("step") == step and entry not in after_end] + after_end
+    if scores := metrics_of(of_model):
         return scores, None
-    last = during[-1].get("step") if during else None
-    return metrics_of(entry for entry in during if entry.get("step") == last), last
+    last = evaluations[-1].get("step") if evaluations else None
+    return metrics_of(entry for entry in evaluations if entry.get("step") == last), last
 
 
 def step_of_weights(trainer: "ContrastiveTrainer") -> int | None:
@@ -156,14 +162,14 @@ def about_training(trainer: "ContrastiveTrainer", scores: Mapping[str, float]) -
     args, state, encoder = trainer.args, trainer.state, trainer.encoder
     end = next((entry for entry in reversed(state.log_history) if ends_training(entry)), {})
     name = encoder.config.name_or_path
-    score = score_of(args, trainer.eval_dataset or trainer.scored, scores)
+    score = score_of(args, trainer.eval_dataset or trainer.scored_tasks, scores)
     evaluations = [entry for entry in state.log_history if any(key.startswith("eval_") for key in entry)]
     chosen = args.load_best_model_at_end and state.best_model_checkpoint is not None and len(evaluations) > 1
     settings = changed_settings([args], isinstance(trainer.train_dataset, Mixture))
-    replaced = {name for names in trainer.given.values() for name in names}
+    replaced = {name for names in trainer.replaced_settings.values() for name in names}
     settings = {name: value for name, value in settings.items() if name not in replaced}
-    if trainer.given:
-        settings["optimizers"] = ", ".join(trainer.given)
+    if trainer.replaced_settings:
+        settings["optimizers"] = ", ".join(trainer.replaced_settings)
     return {
         "model": publishable(name or "") or type(encoder.base).__name__, "data": trainer.origin.name,
         "base_model": on_the_hub(name), "datasets": trainer.origin.datasets,

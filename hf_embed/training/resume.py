@@ -240,7 +240,7 @@ def optimizer_class(trainer: "CheckpointTrainer") -> str:
 
     For an optimizer that cannot be built without a model, return `optim`.
     """
-    if trainer.optimizer is not None and trainer.optimizer_of is None:
+    if trainer.optimizer is not None and trainer.optimizer_made_for is None:
         return type(getattr(trainer.optimizer, "optimizer", trainer.optimizer)).__name__  # accelerate wraps it
     name = str(getattr(trainer.args.optim, "value", trainer.args.optim))
     if name.startswith(NEED_A_MODEL):

@@ -14,7 +14,7 @@ from hf_embed.arguments import ContrastiveTrainingArguments
 from hf_embed.data.collator import RaggedCollator
 from hf_embed.data.columns import judging_columns, text_columns
 from hf_embed.data.loader import batch_sampler
-from hf_embed.data.mixture import Mixture, Source, TrainData, has_several_positives, make_mixture, tokenize_source
+from hf_embed.data.mixture import Mixture, Source, TrainData, has_several_positives, make_mixture, row_width, tokenize_source
 from hf_embed.data.python_rows import RowData
 from hf_embed.data.sources import texts_of
 from hf_embed.data.stream import Stream
@@ -50,7 +50,7 @@ class TrainingRows(NamedTuple):
     """The training rows, ready for the trainer. Lists have an entry for each source."""
 
     tokens: Dataset | Mixture | None  # the tokenized rows; None: the trainer only evaluates
-    views: list[int]  # the largest number of texts in a row
+    texts_per_row: list[int]  # the largest number of texts in a row
     objectives: list[Objective]
     vectors: dict[str, TeacherVectors]  # a teacher's vectors; see `RaggedCollator`
 
@@ -66,8 +66,11 @@ def read_training_rows(
     """Tokenize and check the training rows.
 
     Raises:
-        InputError: if something is wrong with the rows, or if the run would train nothing.
+        InputError: if something is wrong with the rows, if the run would train nothing, or if a prompt of the model leaves no
+            room for a text.
     """
+    # An evaluation may use any prompt.
+    room_for_text(step.encoder.tokenizer, ["", *step.encoder.prompts.values()], step.encoder.max_length)
     if rows is None:
         return TrainingRows(None, [2], [objective], {})
     check_batch(args)
@@ -79,10 +82,10 @@ def read_training_rows(
             tokens = make_mixture(rows, step.encoder, args, objective)
     tables: list[Dataset | Stream]
     if isinstance(tokens, Mixture):
-        tables, views, labels = tokens.tables, tokens.views, tokens.labels
+        tables, widths, labels = tokens.tables, tokens.texts_per_row, tokens.labels
         objectives = [own or objective for own in tokens.objectives]
     else:
-        tables, views, labels, objectives = [tokens], [max(2, most_texts(tokens))], [name], [objective]
+        tables, widths, labels, objectives = [tokens], [row_width(tokens)], [name], [objective]
         if len(tokens) < args.world_size:
             raise InputError(
                 f"{name}: {len(tokens)} rows for {args.world_size} processes; give at least one row for each process"
@@ -92,14 +95,13 @@ def read_training_rows(
             f"{name}: same_dropout_mask requires rows of a single text, because this text is both views; remove "
             "same_dropout_mask"
         )
-    check_objectives(objective, objectives, list(zip(tables, views, labels)), step.encoder.full_dimension)
+    check_objectives(objective, objectives, list(zip(tables, widths, labels)), step.encoder.full_dimension)
     check_training(args, step.encoder, len(batch_sampler(tokens, args, args.train_batch_size)), name)
     tables, vectors = with_teacher(tables, objectives, args, step.encoder.full_dimension)
     if isinstance(tokens, Mixture):
         tokens.tables = tables
-    else:
-        tokens = cast(Dataset, tables[0])
-    return TrainingRows(tokens, views, objectives, vectors)
+        return TrainingRows(tokens, widths, objectives, vectors)
+    return TrainingRows(cast(Dataset, tables[0]), widths, objectives, vectors)
 
 
 def check_objectives(
@@ -118,7 +120,7 @@ def check_objectives(
     """
     for own, (table, texts, label) in zip(objectives, sources):
         if "scores" not in own.needs:  # then it is enough if one of the sources with this objective has negatives, say
-            texts = max(views for other, (_, views, _) in zip(objectives, sources) if other is own)
+            texts = max(most for other, (_, most, _) in zip(objectives, sources) if other is own)
         check_objective(own, table, texts, label)
         own.check_width(width)
         if own is not main and (own.learn_temperature or own.mlm_weight or main.learn_temperature):
@@ -149,7 +151,6 @@ def tokenize_rows(
     Raises:
         InputError: if anything is wrong with the rows.
     """
-    room_for_text(encoder.tokenizer, ["", *encoder.prompts.values()], encoder.max_length)  # raises InputError if there is none
     tokens = cast(Dataset, tokenize_source(Source(name, rows), encoder, args, objective, name, paired))
     warn_of_truncation({name: truncated_share(tokens)})
     return tokens
@@ -244,7 +245,7 @@ def own_tasks(trainer: "GuardedTrainer") -> dict[str, Task]:
 
 def tasks_of(trainer: "GuardedTrainer", sets: EvalSets | None) -> dict[str, Task]:
     """Return evaluation sets by name, as the trainer scores them. Sets that are ready stay as they are."""
-    vectors = cast(RaggedCollator, trainer.data_collator).vectors
+    vectors = cast(RaggedCollator, trainer.data_collator).vectors or {}
     tasks = make_held_out(as_tasks(sets), trainer.step, trainer.args, trainer.main_objective, vectors)
     has_pairs = any(isinstance(task, STS) for task in tasks.values())
     return with_metrics(tasks, trainer.compute_metrics) if has_pairs else tasks
@@ -302,13 +303,12 @@ def make_held_out(
         with args.main_process_first(desc="tokenizing"), hidden_bars(bool(args.disable_tqdm)):
             table = tokenize_rows(stored_rows(task.rows, name), step.encoder, args, objective, name, paired=True)
         check_same_on_ranks(f"{name}: the rows", rows_hash(table))
-        check_objective(objective, table, max(2, most_texts(table)), name)
+        check_objective(objective, table, row_width(table), name)
         (table,), vectors = with_teacher([table], [objective], args, step.encoder.full_dimension, vectors_of_training)
         normalize = step.encoder.normalize
-        loss = HeldOutLoss(table, objective, batch_size, step, args.chunk_tokens, vectors=vectors, normalize=normalize)
-        made[name] = loss
+        made[name] = HeldOutLoss(table, objective, batch_size, step, args.chunk_tokens, vectors=vectors, normalize=normalize)
         if args.process_index == 0:
-            warn_of_seen(loss.rows, training, name)
+            warn_of_seen(table, training, name)
     return made
 
 

@@ -120,7 +120,7 @@ def refuse_other_fields(args: TrainingArguments) -> None:
             raise InputError(f"args: {field.name} is {value!r}, a setting of {kind} that is not supported; {mend}")
 
 
-def check_before(args: TrainingArguments) -> None:
+def check_given(args: TrainingArguments) -> None:
     """Raise InputError if the arguments are wrong as the user gave them, before TrainingArguments derives others from them."""
     check_ranges(args, RANGES)
     if args.max_steps != -1 and args.max_steps not in COUNT:
@@ -150,7 +150,7 @@ def check_before(args: TrainingArguments) -> None:
         )
 
 
-def check_after(args: TrainingArguments) -> None:
+def check_derived(args: TrainingArguments) -> None:
     """Raise InputError if the arguments are wrong after TrainingArguments has converted them and derived others from them."""
     loader: Any = args.accelerator_config
     for name, (harmless, reason) in LOADER.items():
@@ -227,8 +227,8 @@ def check_settings(args: TrainingArguments, tasks: dict[str, Task], other_metric
         )
     if args.fsdp and args.parallel_mode in (ParallelMode.NOT_PARALLEL, ParallelMode.NOT_DISTRIBUTED):
         raise InputError("fsdp is set, but there is a single process; start several with accelerate launch, or remove fsdp")
-    check_before(args)  # a second time, because a script may have changed the arguments after they were made
-    check_after(args)
+    check_given(args)  # a second time, because a script may have changed the arguments after they were made
+    check_derived(args)
     check_evaluation(args, tasks)
     check_metric(args, tasks, other_metrics)
     if args.n_gpu > 1:  # DataParallel would split the flat batch in the middle of texts

@@ -31,7 +31,7 @@ from hf_embed.encoder import Encoder
 from hf_embed.errors import InputError
 from hf_embed.files.safe_files import BUSY
 from hf_embed.objectives import Objective
-from hf_embed.objectives.base import called
+from hf_embed.objectives.base import loss_name
 from hf_embed.vector_files import identity_of, read_vectors, write_vectors
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ def with_teacher(
     """
     waiting = [i for i, table in enumerate(tables) if isinstance(table, Dataset) and "texts" in table.column_names]
     if waiting and args.teacher is None:
-        objective = called(objectives[waiting[0]])
+        objective = loss_name(objectives[waiting[0]])
         raise InputError(f"the objective {objective} needs the vectors of a teacher; set teacher to a model (--teacher MODEL)")
     if args.teacher is None:
         return tables, {}
@@ -130,7 +130,10 @@ def number_texts(tables: Sequence[Dataset], query: str, document: str) -> tuple[
         document: the prompt before other texts.
 
     Returns:
-        The M texts with their prompts, and for each table the numbers of the texts of each row, from 0 to M - 1.
+        The M texts with their prompts, and for each table the numbers of the texts of each row, from 0 to M - 1. For one table
+        with the rows ["a cat", "a kitten"] and ["a dog", "a cat"], and without prompts:
+
+            ["a cat", "a kitten", "a dog"], [[[0, 1], [2, 0]]]
     """
     known: dict[str, int] = {}
 

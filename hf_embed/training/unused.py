@@ -2,15 +2,16 @@
 
 Examples are BERT's pooler under mean pooling, Longformer's global attention and LUKE's entities. DDP waits for a gradient of
 every trainable parameter, and these parameters never get one. To find them, a few texts are embedded once, without dropout. The
-autograd graph of this computation contains the parameters that took part. A parameter that no text uses is frozen, whatever
-its name is, except if another batch may use it:
+autograd graph of this computation contains the parameters that took part. With two texts:
 
-- a parameter of a module in a list of similar modules, if another module of the list took part. An example is an expert to
-  which no token was routed.
-- any parameter, if whole layers are dropped at random in training (`layerdrop`).
+    parameter           in the graph of
+    embeddings.weight   both texts        it is trained
+    experts.0.weight    the first text    another batch may not use it: DDP has to look for unused parameters in every step
+    experts.3.weight    no text           another batch may use it, because another module of its list took part: the same
+    pooler.weight       no text           it is frozen
 
-In these cases, and if only some of the texts use a parameter, DDP has to search for unused parameters itself in every step:
-`ddp_find_unused_parameters`.
+DDP looks for unused parameters (`ddp_find_unused_parameters`) also if whole layers are dropped at random in training
+(`layerdrop`).
 """
 
 import logging
@@ -31,7 +32,7 @@ logger = logging.getLogger(__name__)
 FROZEN: WeakKeyDictionary[nn.Module, list[str]] = WeakKeyDictionary()
 
 
-def settle_unused(encoder: Encoder, args: TrainingArguments) -> None:
+def freeze_unused(encoder: Encoder, args: TrainingArguments) -> None:
     """Freeze the backbone's parameters that no embedding depends on, or let DDP find those that a batch does not use.
 
     This sets `requires_grad` of parameters and `args.ddp_find_unused_parameters`. Gradients, random states and training modes

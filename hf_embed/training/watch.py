@@ -19,9 +19,10 @@ Shapes: B rows, V texts per row, D width of an embedding.
 import logging
 import math
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -60,6 +61,16 @@ def batch_geometry(rows: Tensor, text_ids: Tensor) -> dict[str, float]:
     }
 
 
+class Point(NamedTuple):
+    """The geometry of the embeddings at a step, and the last loss before it."""
+
+    alignment: float
+    uniformity: float
+    loss: float  # infinite before the first step
+    step: int
+    score: float  # the STS score of the same evaluation; NaN if there is none
+
+
 def warning_of(history: list[dict], batches_alike: bool = True) -> str | None:
     """Return a warning if the embeddings of a run get worse, else None.
 
@@ -77,27 +88,28 @@ def warning_of(history: list[dict], batches_alike: bool = True) -> str | None:
     evaluated = any("eval_uniformity" in entry for entry in history)
     if not evaluated and not batches_alike:
         return None
-    prefix, points, loss = "eval_" if evaluated else "", [], math.inf
+    prefix, points, loss = "eval_" if evaluated else "", list[Point](), math.inf
     for entry in history:
         loss = entry.get("loss", loss)
-        alignment, uniformity = (entry.get(f"{prefix}{key}", math.nan) for key in ("alignment", "uniformity"))
-        if math.isfinite(alignment + uniformity):
-            points.append((alignment, uniformity, loss, entry["step"], entry.get("eval_spearman", math.nan)))
+        geometry = [entry.get(f"{prefix}{key}", math.nan) for key in ("alignment", "uniformity")]
+        if math.isfinite(sum(geometry)):
+            points.append(Point(geometry[0], geometry[1], loss, entry["step"], entry.get("eval_spearman", math.nan)))
     if len(points) < 2:
         return None
-    start, now, best = points[0], points[-1], min(points, key=lambda point: point[1])
-    if now[2] > min(start[2], best[2]):
+    start, now, best = points[0], points[-1], min(points, key=lambda point: point.uniformity)
+    if now.loss > min(start.loss, best.loss):
         return None  # the loss does not fall, so the loss already shows that something is wrong
-    gained = start[1] - best[1]
-    if not now[4] > best[4] and now[1] - best[1] > (max(0.1, RISE * gained) if gained > 0.1 else -start[1] / 2):
+    gained = start.uniformity - best.uniformity
+    allowed = max(0.1, RISE * gained) if gained > 0.1 else -start.uniformity / 2
+    if now.uniformity - best.uniformity > allowed and not now.score > best.score:
         return (
-            f"uniformity has risen again, from {best[1]:.2f} at step {best[3]} to {now[1]:.2f}: the embeddings move closer "
-            "together"
+            f"uniformity has risen again, from {best.uniformity:.2f} at step {best.step} to {now.uniformity:.2f}: the "
+            "embeddings move closer together"
         )
-    if evaluated and now[0] > DRIFT * start[0] and not now[4] > start[4]:
+    if evaluated and now.alignment > DRIFT * start.alignment and not now.score > start.score:
         return (
-            f"alignment has risen from {start[0]:.2f} to {now[0]:.2f}: sentences with the same meaning move apart, although "
-            "the loss falls; check the STS score, and try fewer steps or a lower learning_rate"
+            f"alignment has risen from {start.alignment:.2f} to {now.alignment:.2f}: sentences with the same meaning move "
+            "apart, although the loss falls; check the STS score, and try fewer steps or a lower learning_rate"
         )
     return None
 
@@ -106,20 +118,36 @@ class Watch(TrainerCallback):
     """The callback that watches a training. Every `ContrastiveTrainer` has one."""
 
     def __init__(self, batches_alike: bool = True):
+        # What the next training log needs. `see` adds to it in each step.
         self.last: tuple[Tensor, Tensor] | None = None  # embeddings and text hashes of the last batch
-        # True while all losses since the last check were finite. A tensor, because reading it makes the step wait for the GPU.
-        self.finite: Tensor | None = None
-        self.history: list[dict] = []  # the log entries of a training, including those from before its first step
-        self.warned = False
-        self.batches_alike = batches_alike  # False with many sources, because each batch is from one of them
-        self.norm: Tensor | float | None = None  # gradient norm of this step, the same on every rank; None: do not check it
+        self.temperature: Tensor | None = None  # the learned temperature at the last step
+        self.source_losses: dict[int, list[Tensor]] = {}  # with many sources: the losses of each one since the last log
         self.skipped = 0  # skipped steps since the last log
+        # What the warning depends on.
+        self.history: list[dict] = []  # the log entries of a training, including those from before its first step
+        self.batches_alike = batches_alike  # False with many sources, because each batch is from one of them
+        self.warned = False  # whether the one warning was given. True from the start: no warning is given
+        # What the checks for NaN and infinity depend on. `finite` is True while all losses since the last check were finite. It
+        # is a tensor, because reading it makes the step wait for the GPU.
+        self.finite: Tensor | None = None
+        self.norm: Tensor | float | None = None  # gradient norm of this step, the same on every rank; None: do not check it
         self.skipped_in_a_row = 0
         self.first_step = 0  # the step from which this training was resumed; 0 if it was not resumed
 
-    def see(self, loss: Tensor, rows: Tensor, text_ids: Tensor) -> None:
-        """Store the values that the next log needs: a loss, embeddings (B, V, D) and text hashes (B, V)."""
+    def see(self, loss: Tensor, rows: Tensor, text_ids: Tensor, source: int, temperature: Tensor | None) -> None:
+        """Store what the next log needs of a batch.
+
+        Args:
+            loss: its loss, a scalar.
+            rows: its embeddings (B, V, D).
+            text_ids: hashes of its texts (B, V).
+            source: the number of the source of its rows.
+            temperature: the learned temperature, or None.
+        """
         self.last = rows.detach()[:ROWS].clone(), text_ids[:ROWS]  # a slice alone would keep all rows in memory
+        self.temperature = None if temperature is None else temperature.detach()
+        if not self.batches_alike:
+            self.source_losses.setdefault(source, []).append(loss.detach())
         finite = loss.detach().isfinite()
         self.finite = finite if self.finite is None else self.finite & finite
 
@@ -134,12 +162,22 @@ class Watch(TrainerCallback):
             return skipped
         return {key: round(value, 4) for key, value in batch_geometry(*self.last).items()} | skipped
 
+    def mean_losses(self, accelerator: Accelerator) -> dict[int, float]:
+        """Return the mean loss of each source since the last call, over all ranks. Every rank must call this."""
+        means = {}
+        for source, losses in sorted(self.source_losses.items()):
+            found = torch.stack(losses)  # those of skipped steps may be NaN or infinite
+            means[source] = accelerator.reduce(found[found.isfinite()].mean(), "mean").item()
+        self.source_losses = {}
+        return means
+
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Keep the first step, and clear the values of an earlier training, which may have ended because of a NaN."""
         self.first_step = state.global_step
         if not state.global_step and any(entry["step"] for entry in self.history):
             self.history = []
-        self.last = self.finite = self.norm = None
+        self.last = self.temperature = self.finite = self.norm = None
+        self.source_losses = {}
         self.skipped = self.skipped_in_a_row = 0
 
     def on_pre_optimizer_step(
