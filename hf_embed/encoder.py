@@ -190,7 +190,7 @@ class Encoder(WithSettings):
 
     @property
     def full_dimension(self) -> int:
-        """D, the width of an embedding in training: `width`, that of a hidden state, unless a dense layer changes it."""
+        """D, the width of an embedding in training: that of a hidden state, unless a dense layer changes it."""
         last = self.dense[-1] if len(self.dense) else None
         return last.linear.out_features if isinstance(last, Dense) else self.width
 
@@ -252,10 +252,9 @@ class Encoder(WithSettings):
             gradient_caching: recompute each chunk in the backward pass; see `hf_embed.forward.activations`.
             sharded: the parameters are sharded (FSDP, ZeRO), so each layer is a collective. All ranks then make equally many
                 chunks, and the gradient of the word table is not shared by the chunks.
-            embedder: the module whose `embed` embeds each chunk, and whose parameters are trained. Default: this encoder. A
-                `TrainingStep` passes itself, because it may have a head between the pooling and the embedding.
-            packed: True: pack the chunks if the model can be packed; False: pad them; None: pack them if no error shows that
-                the model cannot be packed after all.
+            embedder: the module whose `embed` embeds each chunk. Default: this encoder. A `TrainingStep` passes itself, because
+                it may have a head between the pooling and the embedding.
+            packed: True: pack the chunks if the model can be packed; False: pad them; None: pack them unless this fails.
 
         Returns:
             {"embeddings": (N, D)}, not normalized.
