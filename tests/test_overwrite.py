@@ -112,7 +112,8 @@ def test_a_finished_run_takes_the_place_of_the_old_one(old):
 def test_a_card_that_someone_has_edited_stays(tmp_path):
     """BUG: `--overwrite_output_dir` replaced it; the guide to publishing says that later runs leave it alone."""
     folder, working = tmp_path / "out", working_folder(tmp_path / "out")
-    for before, after in ((with_mark("made"), "new"), ("mine", "mine"), (with_mark("made") + "mine", with_mark("made") + "mine")):
+    made = with_mark("made")
+    for before, after in ((made, "new"), ("mine", "mine"), (made + "mine", made + "mine")):
         for place, card in ((folder, before), (working, "new")):
             place.mkdir(exist_ok=True)
             (place / "README.md").write_text(card)

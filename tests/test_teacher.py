@@ -30,8 +30,8 @@ from hf_embed import (
 from hf_embed.data.collator import RaggedCollator
 from hf_embed.data.scores import row_scores, score_columns
 from hf_embed.data.source_files import read_sources
-from hf_embed.data.teacher_vectors import TeacherVectors
 from hf_embed.data.sources import read_file
+from hf_embed.data.teacher_vectors import TeacherVectors
 from hf_embed.data.tokenization import RowTokenizer, tokenize_table
 from hf_embed.files.work_files import work_folder
 from hf_embed.training.resume import facts_of
