@@ -20,9 +20,10 @@ from transformers import TrainerCallback
 
 from hf_embed import Encoder, InputError
 from hf_embed.checkpoint import save
+from hf_embed.checkpoint.card import with_mark
 from hf_embed.checkpoint.save import renewed
 from hf_embed.files import safe_files
-from hf_embed.kit.overwrite import EarlierRun, earlier_files, working_folder
+from hf_embed.kit.overwrite import EarlierRun, earlier_files, take_place, working_folder
 from hf_embed.kit.report import load_saved
 from hf_embed.trainer import ContrastiveTrainer
 
@@ -106,6 +107,18 @@ def test_a_finished_run_takes_the_place_of_the_old_one(old):
         assert (out / name).exists()  # these files belong to the user
     sup(*argv, "--max_steps", 1, "--overwrite_output_dir")
     assert not (out / "2_Normalize").exists()
+
+
+def test_a_card_that_someone_has_edited_stays(tmp_path):
+    """BUG: `--overwrite_output_dir` replaced it; the guide to publishing says that later runs leave it alone."""
+    folder, working = tmp_path / "out", working_folder(tmp_path / "out")
+    made = with_mark("made")
+    for before, after in ((made, "new"), ("mine", "mine"), (made + "mine", made + "mine")):
+        for place, card in ((folder, before), (working, "new")):
+            place.mkdir(exist_ok=True)
+            (place / "README.md").write_text(card)
+        assert take_place(working) == folder and not working.exists()
+        assert (folder / "README.md").read_text() == after
 
 
 def test_killed_after_the_first_step_no_old_checkpoint_is_resumed(old):

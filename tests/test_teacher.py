@@ -1,5 +1,6 @@
 """Test the way of scores and of a teacher's vectors from the data to the objective, and sources with their own objective."""
 
+import json
 import logging
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import error_of, small_tokenizer, tiny_encoder, tiny_model
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, List, Value
 
 import hf_embed.training.teacher
 from hf_embed import (
@@ -29,6 +30,7 @@ from hf_embed import (
 from hf_embed.data.collator import RaggedCollator
 from hf_embed.data.scores import row_scores, score_columns
 from hf_embed.data.source_files import read_sources
+from hf_embed.data.sources import read_file
 from hf_embed.data.teacher_vectors import TeacherVectors
 from hf_embed.data.tokenization import RowTokenizer, tokenize_table
 from hf_embed.files.work_files import work_folder
@@ -180,6 +182,16 @@ def test_equal_scores_are_refused(tmp_path):
     )
     rows = [row | {"scores": [0.5, 0.5, 0.5]} for row in TRIPLETS]
     assert "all scores are 0.5" in error_of(trainer, tmp_path, TeacherKL(), rows)
+
+
+def test_lists_of_scores_in_a_jsonl_file(tmp_path):
+    """BUG: lists of numbers in a jsonl file were read as JSON texts, which ended in an ArrowNotImplementedError."""
+    rows = [row | {"scores": [3, 0.5, i]} for i, row in enumerate(TRIPLETS)]
+    path = tmp_path / "scored.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    made = trainer(tmp_path, TeacherKL(), str(path))
+    assert made.train_dataset["scores"][:2] == [[3, 0.5, 0], [3, 0.5, 1]]
+    assert read_file(str(path)).features["scores"] == List(Value("float64"))
 
 
 def test_a_label_is_a_score_and_no_conversion_takes_place(tokenizer):

@@ -123,10 +123,8 @@ def write_card(
         license: the license, as the Hub writes it.
     """
     check_encoder(encoder)
-    path, found = Path(folder, "README.md"), ""
-    with suppress(InputError):  # a file that is not text does not come from this package
-        found = read_text(path) if path.is_file() else found
-    if path.is_file() and not overwrite and not is_generated(found):
+    path = Path(folder, "README.md")
+    if not overwrite and is_edited(path):
         return
     if results is None:
         results = read_results(folder)
@@ -149,6 +147,13 @@ def title_of(folder: str | Path) -> str:
         if not PART.fullmatch(name):
             return name[:100] or TITLE
     return TITLE
+
+
+def is_edited(path: Path) -> bool:
+    """Return whether `path` is a card that someone has written or changed."""
+    with suppress(InputError):  # a file that is not text does not come from this package
+        return path.is_file() and not is_generated(read_text(path))
+    return True
 
 
 def is_generated(text: str) -> bool:

@@ -322,7 +322,10 @@ def features_of(rows: Iterable[dict]) -> Features:
 def kind_of_value(value: object) -> str | None:
     """Return a word for the type of a value, or None for null."""
     if isinstance(value, list):
-        return "texts" if all(item is None or isinstance(item, str) for item in value) else "any"
+        if all(item is None or isinstance(item, str) for item in value):
+            return "texts"
+        items = {kind_of_value(item) for item in value} - {None}
+        return "ints" if items == {"int"} else "floats" if items <= {"int", "float"} else "any"
     if isinstance(value, bool):
         return "bool"
     if isinstance(value, int):  # above 2^53, not every number is a float
@@ -339,15 +342,16 @@ def type_of(kinds: set[str | None]) -> Any:
     for simple, name in (({"bool"}, "bool"), ({"int", "long"}, "int64"), ({"int", "float"}, "float64")):
         if kinds <= simple:
             return Value(name)
+    if kinds <= {"ints", "floats"}:
+        return List(Value("int64" if kinds == {"ints"} else "float64"))
     return datasets.Json()
 
 
 def as_column(values: list, feature: Any) -> pyarrow.Array:
     """Return the values of a column as an Arrow array of the column's type."""
     if isinstance(feature, List):
-        return pyarrow.array(
-            [[value] if isinstance(value, str) else value for value in values], pyarrow.list_(pyarrow.string())
-        )
+        of = pyarrow.list_(feature.feature.pa_type)
+        return pyarrow.array([[value] if isinstance(value, str) else value for value in values], of)
     if isinstance(feature, Value):
         return pyarrow.array(values, feature.pa_type)
     texts = pyarrow.array(

@@ -15,6 +15,7 @@ from typing import Any
 from accelerate import PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_embed.checkpoint.card import is_edited
 from hf_embed.checkpoint.hub import COPY
 from hf_embed.checkpoint.model_files import FILES, RESULTS, is_old
 from hf_embed.errors import InputError
@@ -91,14 +92,16 @@ def begin(folder: Path) -> None:
 def take_place(folder: Path) -> Path:
     """Move a complete run to its final folder, and return that folder. Only one rank calls this.
 
-    Files in the folder of the earlier run that do not belong to a run are kept.
+    Files in the folder of the earlier run that do not belong to a run are kept, and so is a card that someone has edited.
     """
     place = place_of(folder)
     if place == folder:
         return place
     for path in list(place.iterdir()) if place.is_dir() else []:
-        if is_the_users(path) and not (folder / path.name).exists():
-            link_tree(path, folder / path.name)
+        new = folder / path.name
+        if is_edited(path) if path.name == "README.md" else is_the_users(path) and not new.exists():
+            new.unlink(missing_ok=True)
+            link_tree(path, new)
     replace_folder(folder, place)
     clear_replaced(place)
     return place
