@@ -53,6 +53,9 @@ def main() -> None:
         with tempscale(encoder.backbone, config):
             reports[f"TempScale {config.temperature:g}"] = length_report(encoder, texts, tuple(args.lengths))
     print("\n".join(report_lines(reports)))
+    if left_out := sorted(set(args.lengths) - {row["tokens"] for row in reports["as it is"]["cut"]}):
+        shown = ", ".join(map(str, left_out))
+        print(f"\nnot measured: {shown} tokens; few texts are so long, and the model reads {encoder.max_length} tokens of each")
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     clear_leftovers(folder)

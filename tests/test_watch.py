@@ -13,7 +13,7 @@ from datasets import Dataset
 from test_trainer import ROWS, arguments, trainer
 from transformers import TrainerCallback
 
-from hf_embed import ContrastiveTrainer, InputError, SimCSE
+from hf_embed import ContrastiveTrainer, ContrastiveTrainingArguments, InputError, SimCSE
 from hf_embed.data.mixture import Source
 from hf_embed.evaluation.geometry import alignment, uniformity
 from hf_embed.training.watch import Watch, batch_geometry, warning_of
@@ -73,6 +73,19 @@ def test_warning_of_uniformity_that_rises_back(prefix):
     mixed = warning_of(collapsing, batches_alike=False)
     assert (mixed is None) is (prefix == "")  # batches of different sources are not comparable
     assert warning_of([]) is None and warning_of(history((0.3, math.nan, 1.0))) is None
+
+
+def test_warning_of_equal_embeddings(tmp_path, caplog):
+    """BUG: the first token of a causal model has the same vector in all texts. Training with it ran without a word."""
+    args = ContrastiveTrainingArguments(
+        tmp_path, pooling="cls", max_steps=4, logging_steps=1, report_to="none", save_strategy="no"
+    )
+    rows = [{"anchor": f"the cat {i}", "positive": f"the dog {i}"} for i in range(8)]
+    for name, told in (("qwen3", 1), ("bert", 0)):
+        caplog.clear()
+        ContrastiveTrainer(tiny_model(name), args, train_dataset=rows, processing_class=small_tokenizer()).train()
+        assert caplog.text.count("uniformity is 0: all embeddings are equal") == told
+    assert warning_of(history((0.0, -0.0, 3.0))) and warning_of(history((0.0, -0.001, 3.0))) is None
 
 
 def test_no_warning_of_uniformity_while_the_score_rises():

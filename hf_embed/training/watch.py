@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 ROWS = 512  # rows of the last batch that the statistics use
 RISE = 0.25  # warn if uniformity loses more than this share of its earlier improvement
 DRIFT = 1.5  # warn if alignment is worse than at the start by more than this factor
+ALL_EQUAL = -1e-4  # uniformity above which all embeddings are equal, up to rounding
 MOST_SKIPPED = 20  # end the run after this many skipped steps in a row
 
 
@@ -72,9 +73,9 @@ class Point(NamedTuple):
 
 
 def warning_of(history: list[dict], batches_alike: bool = True) -> str | None:
-    """Return a warning if the embeddings of a run get worse, else None.
+    """Return a warning if the embeddings of a run are all equal, or get worse, else None.
 
-    There are two signs. They count only if the loss falls and the STS score, if there is one, has not risen:
+    Two signs show that they get worse. These count only if the loss falls and the STS score, if there is one, has not risen:
 
     - uniformity loses more than a quarter of its earlier improvement, and more than 0.1. If it never improved by more than 0.1,
       the limit is half of its initial value;
@@ -85,6 +86,11 @@ def warning_of(history: list[dict], batches_alike: bool = True) -> str | None:
         history: all log entries of the run, including those from before the first step.
         batches_alike: whether all batches come from the same source, so that statistics of batches are comparable.
     """
+    if history and any(history[-1].get(key, -math.inf) > ALL_EQUAL for key in ("uniformity", "eval_uniformity")):
+        return (
+            "uniformity is 0: all embeddings are equal, so nothing can be learned from them; check the pooling (the first token "
+            "of a causal model sees no other token), the prompts and max_length"
+        )
     evaluated = any("eval_uniformity" in entry for entry in history)
     if not evaluated and not batches_alike:
         return None
