@@ -88,8 +88,8 @@ def warning_of(history: list[dict], batches_alike: bool = True) -> str | None:
     """
     if history and any(history[-1].get(key, -math.inf) > ALL_EQUAL for key in ("uniformity", "eval_uniformity")):
         return (
-            "uniformity is 0: all embeddings are equal, so nothing can be learned from them; check the pooling (the first token "
-            "of a causal model sees no other token), the prompts and max_length"
+            "uniformity is 0: all embeddings are equal, so nothing can be learned from them; check the pooling (the first "
+            "token of a causal model sees no other token), the prompts and max_length"
         )
     evaluated = any("eval_uniformity" in entry for entry in history)
     if not evaluated and not batches_alike:
