@@ -55,7 +55,7 @@ def main() -> None:
     print("\n".join(report_lines(reports)))
     if left_out := sorted(set(args.lengths) - {row["tokens"] for row in reports["as it is"]["cut"]}):
         shown = ", ".join(map(str, left_out))
-        print(f"\nnot measured: {shown} tokens; few texts are so long, and the model reads {encoder.max_length} tokens of each")
+        print(f"\nnot measured: {shown} tokens; too few texts are that long, or the model reads fewer ({encoder.max_length})")
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     clear_leftovers(folder)

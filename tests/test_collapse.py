@@ -93,7 +93,7 @@ def test_recipe(tmp_path, monkeypatch, capsys):
     recipe.main()
     out = capsys.readouterr().out
     assert "TempScale 0.5" in out and out.count("the same texts, truncated to") == 3 + 1  # three tables and the summary
-    assert "\nnot measured: 900 tokens; few texts are so long, and the model reads 66 tokens of each\n" in out
+    assert "\nnot measured: 900 tokens; too few texts are that long, or the model reads fewer (66)\n" in out
     assert all(f"\n  {head}  " in out for head in ("mean cosine", "uniformity", "rank", "to mean", "high freq."))
     reports = json.loads(Path("outputs/length_collapse/collapse.json").read_text())["reports"]
     assert set(reports) == {"as it is", "TempScale 0.9", "TempScale 0.5"}

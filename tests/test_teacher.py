@@ -194,6 +194,17 @@ def test_lists_of_scores_in_a_jsonl_file(tmp_path):
     assert read_file(str(path)).features["scores"] == List(Value("float64"))
 
 
+def test_a_list_of_scores_may_be_empty(tmp_path):
+    """BUG: one row without negatives made the scores of all rows JSON texts."""
+    some = [{"neg": ["c", "d"][:count], "neg_scores": [1, 0.5][:count]} for count in (0, 1, 2)]
+    rows = [{"query": f"a {i}", "pos": [f"b {i}"], "pos_scores": [2]} | some[i % 3] for i in range(8)]
+    path = tmp_path / "scored.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert read_file(str(path)).features["neg_scores"] == List(Value("float64"))
+    made, same = (trainer(tmp_path, TeacherKL(), given) for given in (str(path), rows))
+    assert made.train_dataset["scores"][:3] == same.train_dataset["scores"][:3] == [[2], [2, 1], [2, 1, 0.5]]
+
+
 def test_a_label_is_a_score_and_no_conversion_takes_place(tokenizer):
     """With an objective that needs scores, sentence1, sentence2 and label are not grouped into positives and negatives."""
     rows = [{"sentence1": row["sentence1"], "sentence2": row["sentence2"], "label": i % 2} for i, row in enumerate(GRADED)]

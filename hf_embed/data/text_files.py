@@ -322,6 +322,8 @@ def features_of(rows: Iterable[dict]) -> Features:
 def kind_of_value(value: object) -> str | None:
     """Return a word for the type of a value, or None for null."""
     if isinstance(value, list):
+        if all(item is None for item in value):
+            return "empty"  # it fits lists of texts and lists of numbers
         if all(item is None or isinstance(item, str) for item in value):
             return "texts"
         items = {kind_of_value(item) for item in value} - {None}
@@ -337,13 +339,13 @@ def type_of(kinds: set[str | None]) -> Any:
     """Return the narrowest type of `datasets` that holds all values of a column."""
     if kinds <= {"text"}:  # also a column that holds only nulls
         return Value("string")
-    if kinds <= {"text", "texts"}:  # a single text becomes a list of one
+    if kinds <= {"text", "texts", "empty"}:  # a single text becomes a list of one
         return List(Value("string"))
     for simple, name in (({"bool"}, "bool"), ({"int", "long"}, "int64"), ({"int", "float"}, "float64")):
         if kinds <= simple:
             return Value(name)
-    if kinds <= {"ints", "floats"}:
-        return List(Value("int64" if kinds == {"ints"} else "float64"))
+    if kinds <= {"ints", "floats", "empty"}:
+        return List(Value("float64" if "floats" in kinds else "int64"))
     return datasets.Json()
 
 
